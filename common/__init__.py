@@ -1,0 +1,1 @@
+"""Thin helpers that every chapter stands on; imports no chapter."""

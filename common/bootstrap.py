@@ -1,0 +1,102 @@
+"""Make .venv from exact pins, with uv, for the hardware that is here. Needs Python 3.11+ and nothing else.
+
+Called by `make setup`; does nothing when nothing changed. uv itself is pinned and kept in the project's cache folder.
+PIP_FIND_LINKS is passed on. torch comes as a CUDA build where an NVIDIA driver is found, as a CPU build elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+UV_VERSION = "0.13.9"
+ROOT = Path(__file__).resolve().parent.parent
+INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def cache_dir() -> Path:
+    """The project's one folder outside the checkout."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modern-distributed-ai"
+
+
+def nvidia_driver_present() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def find_uv() -> Path:
+    """The pinned uv, installed into the cache folder on first use."""
+    home = cache_dir() / "tools" / f"uv-{UV_VERSION}"
+    uv = home / "bin" / "uv"
+    if uv.exists():
+        return uv
+    partial = home.with_name(f"{home.name}.{os.getpid()}")
+    with_pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial), f"uv=={UV_VERSION}"]
+    if subprocess.run(with_pip, stderr=subprocess.DEVNULL, check=False).returncode != 0:
+        # No pip beside this Python, or one too old: a venv brings its own.
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            venv.create(partial, with_pip=True)
+        except (subprocess.CalledProcessError, OSError):
+            fail("this Python has neither pip nor ensurepip; install them (Debian: apt-get install python3-venv)")
+        command = [str(partial / "bin" / "pip"), "install", "--quiet", f"uv=={UV_VERSION}"]
+        if subprocess.run(command, check=False).returncode != 0:
+            fail(f"could not install uv {UV_VERSION}; check the connection to the package index (see pip's message)")
+    try:
+        partial.rename(home)
+    except OSError:  # another checkout was faster
+        shutil.rmtree(partial, ignore_errors=True)
+    return uv
+
+
+def torch_source() -> list[str]:
+    """uv flags that pick the torch build: CUDA by the driver's version, else CPU."""
+    links = os.environ.get("PIP_FIND_LINKS", "").split()
+    flags = [f"--find-links={link}" for link in links]
+    if nvidia_driver_present():
+        return [*flags, "--torch-backend=auto"]
+    local_cpu_build = any(Path(link).is_dir() and any(Path(link).glob("torch-*+cpu*.whl")) for link in links)
+    if local_cpu_build or platform.system() != "Linux":
+        return flags
+    return [*flags, "--torch-backend=cpu"]
+
+
+def fingerprint(flags: list[str]) -> str:
+    digest = hashlib.sha256("\n".join([*flags, sys.version, str(ROOT)]).encode())
+    for name in INPUTS:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is the one file that an old Python may start
+        fail(f"Python 3.11 or newer is needed, this is {platform.python_version()}; try make PYTHON=python3.12")
+    flags = torch_source()
+    target, stamp = ROOT / ".venv", ROOT / ".venv" / ".installed"
+    wanted = fingerprint(flags)
+    if stamp.exists() and stamp.read_text() == wanted:
+        stamp.touch()
+        return
+    uv = str(find_uv())
+    print(f"setting up {target.name} ({'CUDA' if nvidia_driver_present() else 'CPU'} torch)", flush=True)
+    if not (target / "bin" / "python").exists():
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", str(target / "bin" / "python")]
+    install += ["-r", "requirements.txt", "-c", "constraints.txt", "--editable", ".", *flags]
+    if subprocess.run(install, cwd=ROOT, check=False).returncode != 0:
+        fail("the packages could not be installed; uv says why above (no network? then set PIP_FIND_LINKS)")
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What every exercise script shares: flags, run folder, RESULT line, one-line errors, seeding, atomic writes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from common import logs
+
+Result = dict[str, Any]
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "deepspeed", "megatron-core", "ray")
+
+
+class UserError(Exception):
+    """A mistake of the user's, worded as `what; what to do`. `run` prints it as one line and exits with 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts have; `doc` is the script's docstring, shown by --help."""
+    made = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    shared = made.add_argument_group("shared by all scripts")
+    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    shared.add_argument("--seed", type=at_least(0), default=0)
+    shared.add_argument(
+        "--run-dir", type=Path, help="where result.json and plots go (default: runs/CHAPTER/SCRIPT/TIME)"
+    )
+    shared.add_argument("--all-ranks", action="store_true", help="log from every rank, not only from rank 0")
+    return made
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """argparse type: an integer not below `minimum`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        return value
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name only when complete: write beside, fsync, rename, fsync the folder."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Run:
+    """The folder of one run: env.json at the start, metrics and plots during it, result.json at the end.
+
+    Only rank 0 writes there. What the other ranks know must be gathered to it first.
+    """
+
+    current: Run | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics: logs.Metrics | None = None
+        if logs.env_rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / "env.json") as file:
+                    json.dump(environment(), file, indent=2)
+            except OSError as error:
+                raise UserError(f"cannot write to {folder} ({error.strerror}); pass another --run-dir") from None
+        Run.current = self
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def log(self, **values: object) -> None:
+        """Append one line to metrics.jsonl (rank 0 only)."""
+        if logs.env_rank() == 0:
+            self._metrics = self._metrics or logs.Metrics(self.folder / "metrics.jsonl")
+            self._metrics.write(**values)
+
+    def finish(self, result: Result) -> None:
+        with atomic_write(self.folder / "result.json") as file:
+            json.dump(result, file, indent=2)
+
+
+def start(file: str, args: argparse.Namespace) -> Run:
+    """Set up logging and open the run folder of the script `file` (its __file__)."""
+    logs.setup(all_ranks=args.all_ranks)
+    script = Path(file).resolve()
+    folder = args.run_dir or script.parents[1] / "runs" / script.parent.name / script.stem / _timestamp()
+    return Run(folder)
+
+
+def _timestamp() -> str:
+    return time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+
+
+def environment() -> Result:
+    """Versions, hardware, commit and command: what someone needs to repeat the run."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.executable).name, *sys.argv],
+        "python": platform.python_version(),
+        "versions": versions,
+        "hardware": hardware(),
+        "commit": _commit(),
+        "launch": {k: os.environ[k] for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID") if k in os.environ},
+    }
+
+
+def hardware() -> Result:
+    """CPU model, usable cores, memory and GPUs of this machine."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = []
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": usable_cores(), "memory_gib": round(memory, 1), "gpus": gpus}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on (affinity, not the machine's count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (CPU and every GPU)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def run(main: Callable[[], Result]) -> NoReturn:
+    """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
+    try:
+        result = _finite(main())
+        if logs.env_rank() == 0:
+            if Run.current is not None:
+                Run.current.finish(result)
+            print("RESULT " + json.dumps(result), flush=True)
+    except UserError as error:
+        _exit_with_line(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = str(error).strip().splitlines()[0] if str(error) else "a Python allocation failed"
+        _exit_with_line(f"out of memory ({what}); take a smaller --preset, --batch-size or --seq-len")
+    sys.exit(0)
+
+
+def _exit_with_line(message: str) -> NoReturn:
+    where = f" [rank {logs.env_rank()}]" if "RANK" in os.environ else ""
+    print(f"error{where}: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
