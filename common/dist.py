@@ -1,0 +1,370 @@
+"""One way into torch.distributed: the same script under plain python, torchrun and srun, on CPUs and on GPUs.
+
+    with dist.session(args.device) as ctx:
+        model.to(ctx.device)
+        ctx.barrier("checkpoint written")
+
+The session finds its rank, binds the device, meets the other ranks with a timeout whose error names the ones that are
+missing, and takes the process group down again without hanging, also when this or another rank failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from common.logs import get_logger
+from common.script import UserError, usable_cores
+
+log = get_logger()
+NETWORK_HINT = (
+    "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
+    "(firewall), that all nodes agree on the world size, and the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said. world_size counts processes over all nodes, local_* those on this node."""
+
+    launcher: str
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+
+
+def read_launch(env: dict[str, str] | None = None) -> Launch:
+    """Read torchrun's variables, else srun's, else one plain process.
+
+    Raises:
+        UserError: a variable is missing, is not a number, or contradicts another.
+    """
+    env = dict(os.environ) if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+        defaults = {"LOCAL_RANK": env.get("RANK", "0")}
+        launcher = "torchrun"
+        local_world = env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))
+        address, port = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun for its tasks, and not in a batch script itself
+        names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
+        defaults = {}
+        launcher = "srun"
+        # "2(x3),1": tasks per node, in node order
+        per_node = _expand_slurm_counts(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
+        local_world = str(per_node[min(int(env.get("SLURM_NODEID", "0")), len(per_node) - 1)])
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        address = env.get("MASTER_ADDR") or first_slurm_host(nodes)
+        # one port a job, the same on all nodes, away from the ports that others on a shared node would pick
+        port = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000)
+    else:
+        return Launch("python")
+    values = {}
+    for key, name in names.items():
+        text = env.get(name, defaults.get(name, ""))
+        if not text.isdigit():
+            raise UserError(f"{name} is {text!r}, not a number; start the script with torchrun or srun, or unset it")
+        values[key] = int(text)
+    if not local_world.isdigit() or not port.isdigit():
+        raise UserError(f"LOCAL_WORLD_SIZE {local_world!r} or MASTER_PORT {port!r} is not a number; set it right")
+    launch = Launch(launcher, local_world_size=int(local_world), address=address, port=int(port), **values)
+    if launch.rank >= launch.world_size:
+        raise UserError(f"rank {launch.rank} does not exist in a world of {launch.world_size}; ranks start at 0")
+    return launch
+
+
+def _expand_slurm_counts(text: str) -> list[int]:
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not like '2(x3),1'; start the script with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_slurm_host(nodes: str) -> str:
+    """First host of a Slurm node list: gpu[003-007,9],login -> gpu003."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    return nodes if match is None else match[1] + (match[2] or "") + (match[3] or "")
+
+
+@dataclass(frozen=True)
+class Context:
+    """This rank's place in the job. Collectives go through torch.distributed itself."""
+
+    launch: Launch
+    device: torch.device
+    backend: str
+    store: Store
+    timeout_s: float
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.launch.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self, label: str) -> None:
+        """Wait for all ranks. Through the store, so that the timeout can name the ranks that did not come.
+
+        Raises:
+            UserError: a rank did not arrive within the session's timeout.
+        """
+        number = self._calls[label] = self._calls.get(label, 0) + 1
+        _meet(self.store, f"barrier/{label}/{number}", self.launch, "", self.timeout_s, f"the barrier {label!r}")
+
+    def mesh(self, **sizes: int) -> DeviceMesh:
+        """A named device mesh, outermost dimension first: ctx.mesh(dp=-1, tp=2). One size may be -1.
+
+        Raises:
+            UserError: the sizes do not multiply to the world size.
+        """
+        known = 1
+        for size in sizes.values():
+            known *= size if size > 0 else 1
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) == 1 and self.world_size % known == 0:
+            sizes[free[0]] = self.world_size // known
+            known = self.world_size
+        if known != self.world_size or min(sizes.values()) < 1:
+            shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+            raise UserError(f"a mesh {shape} does not fill {self.world_size} ranks; the sizes must multiply to it")
+        return init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def gather(self, value: object) -> list[Any]:
+        """One picklable object a rank, in rank order, on rank 0; an empty list elsewhere."""
+        out: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, out if self.is_main else None, dst=0)
+        return out
+
+
+def pick_device(choice: str, launch: Launch) -> torch.device:
+    """auto -> this rank's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: cuda was asked for and is not there, or there are fewer GPUs than local ranks.
+    """
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible; use --device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if launch.launcher == "srun" and count == 1:
+        return torch.device("cuda", 0)  # --gpus-per-task=1 shows each task its own GPU only
+    if launch.local_rank >= count:
+        raise UserError(f"{launch.local_world_size} processes on this node but {count} GPUs; start one a GPU")
+    return torch.device("cuda", launch.local_rank)
+
+
+def set_threads(launch: Launch, threads: int | None) -> None:
+    """Share the cores out among the local ranks. torchrun's own default is one thread a rank, however many cores."""
+    chosen_by_user = "OMP_NUM_THREADS" in os.environ and not (
+        "TORCHELASTIC_RUN_ID" in os.environ and os.environ["OMP_NUM_THREADS"] == "1"
+    )
+    if threads is not None or not chosen_by_user:
+        torch.set_num_threads(threads or max(1, usable_cores() // launch.local_world_size))
+
+
+@contextmanager
+def session(
+    device: str = "auto", *, join_timeout_s: float = 120, timeout_s: float = 600, threads: int | None = None
+) -> Iterator[Context]:
+    """Join the job, yield the Context, leave.
+
+    Args:
+        device: auto, cpu or cuda. CUDA talks NCCL (gloo for CPU tensors), the CPU talks gloo.
+        join_timeout_s: how long to wait for the other ranks at the start.
+        timeout_s: how long a collective or a barrier may take.
+        threads: CPU threads of this rank; None shares the cores out among the local ranks.
+
+    Raises:
+        UserError: the ranks did not meet; the line says which are missing and what to check.
+    """
+    launch = read_launch()
+    chosen = pick_device(device, launch)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # before init: else every rank opens a context on GPU 0
+    else:
+        set_threads(launch, threads)
+    if launch.world_size == launch.local_world_size:  # one node: a host name that resolves elsewhere cannot hurt
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
+    store = join(launch, join_timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("torch", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    ctx = Context(launch, chosen, backend, store, timeout_s)
+    log.info("joined", world_size=launch.world_size, device=chosen, backend=backend, launcher=launch.launcher)
+    failed = True
+    try:
+        yield ctx
+        failed = False
+    finally:
+        _leave(ctx, failed)
+
+
+def join(launch: Launch, timeout_s: float) -> Store:
+    """Meet all ranks at a store on rank 0 (or torchrun's agent).
+
+    Raises:
+        UserError: the store cannot be reached or opened, ranks are missing, doubled, or disagree on the world size.
+    """
+    if launch.launcher == "python":
+        return HashStore()
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts_store = launch.rank == 0 and not agent_has_store
+    where = f"{launch.address}:{launch.port}"
+    if not hosts_store:
+        _await_port(launch, timeout_s)
+    try:
+        store: Store = TCPStore(
+            launch.address,
+            launch.port,
+            launch.world_size,
+            is_master=hosts_store,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"port {launch.port} is in use on this host; set another MASTER_PORT or --master-port"
+            ) from error
+        raise UserError(
+            f"rank {launch.rank} cannot reach rank 0 at {where} in {timeout_s:g} s; {NETWORK_HINT}"
+        ) from error
+    # A restarted worker group shares the agent's store with its predecessor: keep their keys apart.
+    store = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_next_session()}", store)
+    if store.add(f"claimed/{launch.rank}", 1) > 1:
+        raise UserError(f"two processes claim rank {launch.rank} at {where}; give each node its own --node-rank")
+    store.set_timeout(timedelta(seconds=timeout_s))
+    said = json.dumps({"host": socket.gethostname(), "world_size": launch.world_size})
+    others = _meet(store, "join", launch, said, timeout_s, f"the start at {where}")
+    sizes = {rank: json.loads(text)["world_size"] for rank, text in enumerate(others)}
+    if wrong := {rank: size for rank, size in sizes.items() if size != launch.world_size}:
+        raise UserError(f"this rank was told a world size of {launch.world_size}, others {wrong}; start all alike")
+    return store
+
+
+_sessions = 0
+
+
+def _next_session() -> int:
+    global _sessions
+    _sessions += 1
+    return _sessions
+
+
+def _await_port(launch: Launch, timeout_s: float) -> None:
+    """Wait until rank 0's store accepts connections. TCPStore would wait too, and fill the screen with C++ frames."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=timeout_s).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline - 0.2 or isinstance(error, socket.gaierror):
+                where = f"{launch.address}:{launch.port}"
+                raise UserError(
+                    f"rank {launch.rank} cannot reach rank 0 at {where} in {timeout_s:g} s ({error}); {NETWORK_HINT}"
+                ) from None
+            time.sleep(0.1)
+
+
+def _meet(store: Store, key: str, launch: Launch, said: str, timeout_s: float, what: str) -> list[str]:
+    """Leave a word under `key`, wait for everybody's, and return them in rank order.
+
+    The last to come sets one key that the others poll: store.wait would do, but logs C++ warnings when it times out.
+    """
+    keys = [f"{key}/{rank}" for rank in range(launch.world_size)]
+    everyone = f"{key}/everyone"
+    deadline, pause = time.monotonic() + timeout_s, 0.001
+    try:
+        store.set(keys[launch.rank], said or "here")
+        if store.add(f"{key}/count", 1) == launch.world_size:
+            store.set(everyone, "here")
+        while not store.check([everyone]):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, name in enumerate(keys) if not store.check([name])]
+                came = launch.world_size - len(missing)
+                raise UserError(
+                    f"{came} of {launch.world_size} ranks reached {what} in {timeout_s:g} s, missing: rank "
+                    f"{compress(missing)}; look at the missing rank's own log first, then {NETWORK_HINT}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return [store.get(name).decode() for name in keys] if said else []
+    except RuntimeError as error:  # the store's host is gone
+        raise UserError(f"rank {launch.rank} lost rank 0 at {what}; look at rank 0's own error") from error
+
+
+def compress(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def _leave(ctx: Context, failed: bool) -> None:
+    """Destroy the process group, never waiting more than a few seconds for ranks that will not come."""
+    if not dist.is_initialized():
+        return
+    if failed:
+        # Peers may wait in a collective that this rank will never enter. Closing the connections tells them.
+        _within(
+            5, dist.distributed_c10d._abort_process_group if ctx.device.type == "cuda" else dist.destroy_process_group
+        )
+        return
+    if ctx.launch.launcher != "python" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Rank 0 serves the store: it leaves last.
+        ctx.store.set(f"left/{ctx.rank}", "")
+        if ctx.is_main:
+            ctx.store.wait([f"left/{rank}" for rank in range(ctx.world_size)], timedelta(seconds=10))
+    if not _within(15, dist.destroy_process_group):
+        log.warning("the process group did not close in 15 s; leaving without it")
+
+
+def _within(seconds: float, action: Any) -> bool:
+    """Run `action` in a thread that may be left behind; whether it finished in time."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
