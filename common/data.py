@@ -146,7 +146,7 @@ class Corpus:
         )  # fmt: skip
 
 
-def prepare(data: str = "stdlib", vocab_size: int = 4096, tokenizer_file: Path | None = None) -> Corpus:
+def prepare(data: str = "stdlib", vocab_size: int = 2048, tokenizer_file: Path | None = None) -> Corpus:
     """Tokenise `data` once and memory-map it. Safe to call from all ranks at once: one works, the others wait.
 
     Args:

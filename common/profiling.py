@@ -74,6 +74,10 @@ class StepTimer:
         self._open = []
         return wall
 
+    def restart(self) -> None:
+        """Start the next step's clock now: what came since the last step (a save, an evaluation) belongs to none."""
+        self._start = time.perf_counter()
+
     def rows_ms(self, skip: int = 0) -> list[dict[str, float]]:
         """Milliseconds of each phase and of the whole step, one dict a step, the first `skip` steps left out."""
         if self._cuda:

@@ -1,0 +1,99 @@
+"""Checkpoints that a kill cannot spoil: written beside, fsynced, renamed, and verified by hash before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from common.script import UserError
+
+KEEP = 2  # the newest, and one before it should a disk spoil the newest
+
+
+class _Hashing(io.RawIOBase):
+    """Passes bytes on to a file and hashes them on the way, so that a large state is read and held only once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """Write folder/step-00000020/{state.pt, meta.json}. The rename is the moment from which the checkpoint exists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed in here
+    partial.mkdir()
+    with (partial / "state.pt").open("wb") as file:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)
+        _sync(file)
+    with (partial / "meta.json").open("w") as file:
+        json.dump({"step": step, "sha256": hashing.digest.hexdigest(), "settings": settings}, file)
+        _sync(file)
+    _sync_folder(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync_folder(folder)
+    for old in every(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def every(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the state of one checkpoint, on the CPU.
+
+    Raises:
+        UserError: it is missing, incomplete or corrupt, or was made with other settings.
+    """
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        digest = hashlib.sha256()
+        with (path / "state.pt").open("rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+        if digest.hexdigest() != meta["sha256"]:
+            raise ValueError("its hash differs from the one it was saved with")
+        for name, wanted in settings.items():
+            if meta["settings"].get(name) != wanted:
+                had = meta["settings"].get(name)
+                raise UserError(
+                    f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
+                )
+        return int(meta["step"]), torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path} ({Path(error.filename).name} is missing); check --resume") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the checkpoint before it") from None

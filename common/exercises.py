@@ -1,0 +1,333 @@
+"""The manifest of the chapters' exercises: list them, run one as the book prints it, smoke-test them all.
+
+    python -m common.exercises list
+    python -m common.exercises run ch01 baseline
+    python -m common.exercises smoke [ch01_intro [baseline]] [--gpu] [--json FILE] [--junit FILE]
+
+`smoke` runs each exercise's smoke command (its gpu command with --gpu), checks `expect` against its RESULT line, and
+ends with a table: passed, failed, or skipped with what it would need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import operator
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import process
+from common.bootstrap import cache_dir
+from common.script import UserError, atomic_write, usable_cores
+
+ROOT = process.ROOT
+REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
+OPTIONAL = {"gpu", "gpu_expect", "timeout_s"}
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One [[exercise]] of a chapter's exercises.toml; the fields are described in CONTRIBUTING.md."""
+
+    chapter: str
+    id: str
+    title: str
+    script: str
+    run: str
+    smoke: str
+    covers: list[str]
+    needs: list[str]
+    expect: dict[str, str]
+    gpu: str = ""
+    gpu_expect: dict[str, str] = field(default_factory=dict)
+    timeout_s: float = 300
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """Chapter folders that have a manifest, in the book's order."""
+    return sorted(path.parent for path in root.glob("ch*/exercises.toml"))
+
+
+def load(chapter: Path) -> list[Exercise]:
+    """Read and check one chapter's manifest.
+
+    Raises:
+        UserError: malformed TOML, a missing or unknown field, a wrong type, a double id, a script that does not exist,
+            an unknown need, or an expectation that cannot be read or met.
+    """
+    path = chapter / "exercises.toml"
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML ({error}); fix that line") from None
+    if unknown := document.keys() - {"exercise"}:
+        raise UserError(f"{path}: unknown table {', '.join(sorted(unknown))}; it holds [[exercise]] entries only")
+    entries = document.get("exercise")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} has no [[exercise]]; add one, see CONTRIBUTING.md")
+    found: list[Exercise] = []
+    for entry in entries:
+        exercise = _checked(chapter, path, entry)
+        if exercise.id in {other.id for other in found}:
+            raise UserError(f"{path}: two exercises have the id {exercise.id}; ids are unique in a chapter")
+        found.append(exercise)
+    return found
+
+
+def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
+    where = f"{path}: exercise {entry.get('id', '?')}"
+    if missing := REQUIRED - entry.keys():
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))}; see CONTRIBUTING.md")
+    if unknown := entry.keys() - REQUIRED - OPTIONAL:
+        raise UserError(f"{where} has the unknown field {', '.join(sorted(unknown))}; fields are in CONTRIBUTING.md")
+    kinds: dict[str, type] = {"covers": list, "needs": list, "expect": dict, "gpu_expect": dict}
+    for name, value in entry.items():
+        kind = (int, float) if name == "timeout_s" else kinds.get(name, str)
+        if not isinstance(value, kind) or value == "":
+            raise UserError(f"{where}: {name} must be a non-empty {kinds.get(name, str).__name__}, not {value!r}")
+    if not (chapter.parent / entry["script"]).is_file():
+        raise UserError(f"{where}: script {entry['script']} does not exist; paths start at the repository's root")
+    if not entry["expect"]:
+        raise UserError(f"{where} expects nothing; name at least one RESULT field and what it must be")
+    for need in entry["needs"]:
+        missing_for(need)
+    for name in ("expect", "gpu_expect"):
+        for key, wanted in entry.get(name, {}).items():
+            parse_expectation(f"{where}: {name}.{key}", wanted)
+    return Exercise(chapter=chapter.name, **entry)
+
+
+def parse_expectation(where: str, text: object) -> list[tuple[str, Any]]:
+    """`"> 0.5, < 6"` to [(">", 0.5), ("<", 6)]. Values are JSON: numbers, true, false, null, "strings".
+
+    Raises:
+        UserError: it cannot be read, or no value can meet it.
+    """
+    if not isinstance(text, str):
+        raise UserError(f'{where} must be a string such as "> 0.5", not {text!r}')
+    parts: list[tuple[str, Any]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*", part)
+        try:
+            value = json.loads(match[2]) if match else None
+        except json.JSONDecodeError:
+            match = None
+        if match is None:
+            raise UserError(f'{where} is {text!r}; write a comparison with a JSON value, such as "> 0.5" or "== true"')
+        if match[1] not in ("==", "!=") and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{where} is {text!r}; only numbers can be ordered")
+        parts.append((match[1], value))
+    if not _can_be_met(parts):
+        raise UserError(f"{where} is {text!r}, which no value can meet; correct the bounds")
+    return parts
+
+
+def _can_be_met(parts: list[tuple[str, Any]]) -> bool:
+    """Try every value that could decide it: those named, and one between, below and above each."""
+    numbers = sorted({v for _, v in parts if isinstance(v, int | float) and not isinstance(v, bool)})
+    between = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
+    candidates: list[Any] = [v for _, v in parts] + between + ["another value"]
+    candidates += [numbers[0] - 1, numbers[-1] + 1] if numbers else []
+    return any(all(_holds(value, *part) for part in parts) for value in candidates)
+
+
+def _holds(value: Any, comparison: str, wanted: Any) -> bool:
+    if comparison not in ("==", "!=") and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return False
+    if isinstance(value, bool) != isinstance(wanted, bool):  # in Python True == 1; in a RESULT it is not
+        return comparison == "!="
+    return COMPARISONS[comparison](value, wanted)
+
+
+def unmet(expect: dict[str, str], result: dict[str, Any]) -> list[str]:
+    """What `result` does not fulfil, one line each."""
+    problems = []
+    for key, text in expect.items():
+        if key not in result:
+            problems.append(f"RESULT has no {key}")
+        elif not all(_holds(result[key], *part) for part in parse_expectation(key, text)):
+            problems.append(f"{key} is {json.dumps(result[key])}, expected {text}")
+    return problems
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs here, counted without starting CUDA."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+PROGRAMS = {
+    "slurm": "srun", "redis": "redis-server", "prometheus": "prometheus", "kube": "kubectl", "docker": "docker",
+    "nginx": "nginx", "nsys": "nsys",
+}  # fmt: skip
+ENVIRONMENTS = {"vllm", "sglang"}
+
+
+def missing_for(need: str) -> str:
+    """What this machine lacks for `need`, or "" if it is there.
+
+    Raises:
+        UserError: no such need is known.
+    """
+    if match := re.fullmatch(r"(gpus?|cores|memory_gib)(?:>=(\d+))?", need):
+        kind, count = match[1], int(match[2] or 1)
+        if kind.startswith("gpu"):
+            have = gpu_count()
+        else:
+            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+            have = usable_cores() if kind == "cores" else pages
+        return "" if have >= count else f"{need.replace('>=', ' >= ')} (here {have})"
+    if need == "root":
+        return "" if os.geteuid() == 0 else "root"
+    if need in PROGRAMS:
+        return "" if shutil.which(PROGRAMS[need]) else f"{PROGRAMS[need]} (make system-deps)"
+    if need in ENVIRONMENTS:
+        return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
+    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", *PROGRAMS, *sorted(ENVIRONMENTS)]
+    raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one exercise went. status: passed, failed or skipped; note: why, or what it would need."""
+
+    chapter: str
+    id: str
+    status: str
+    seconds: float = 0.0
+    note: str = ""
+    command: str = ""
+    result: dict[str, Any] | None = None
+    output: str = ""
+
+
+def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
+    """Run one exercise's smoke (or gpu) command and hold its RESULT against what is expected."""
+    command = exercise.gpu if gpu else exercise.smoke
+    expect = (exercise.gpu_expect or exercise.expect) if gpu else exercise.expect
+    needs = [*exercise.needs, "gpu"] if gpu else exercise.needs
+    if not command:
+        return Outcome(exercise.chapter, exercise.id, "skipped", note="has no gpu command")
+    if lacking := [what for need in needs if (what := missing_for(need))]:
+        return Outcome(exercise.chapter, exercise.id, "skipped", note="needs " + ", ".join(lacking), command=command)
+    done = process.run(command, timeout_s=exercise.timeout_s)
+    note = ""
+    if done.timed_out or done.returncode != 0:
+        note = done.reason(exercise.timeout_s)
+    elif done.result is None:
+        note = "the last line of stdout is not RESULT {...}"
+    elif problems := unmet(expect, done.result):
+        note = "; ".join(problems)
+    status, output = ("failed", done.stdout[-8000:] + done.stderr[-8000:]) if note else ("passed", "")
+    return Outcome(exercise.chapter, exercise.id, status, round(done.seconds, 1), note, command, done.result, output)
+
+
+def select(chapter: str | None, exercise_id: str | None, root: Path = ROOT) -> list[Exercise]:
+    """All exercises, one chapter's (`ch01` will do), or one."""
+    folders = chapters(root)
+    if chapter:
+        matching = [f for f in folders if f.name == chapter or f.name.split("_")[0] == chapter]
+        if not matching:
+            raise UserError(f"no chapter {chapter}; one of {', '.join(f.name for f in folders)}")
+        folders = matching
+    found = [exercise for folder in folders for exercise in load(folder)]
+    if exercise_id:
+        chosen = [exercise for exercise in found if exercise.id == exercise_id]
+        if not chosen:
+            raise UserError(f"no exercise {exercise_id}; one of {', '.join(e.id for e in found)}")
+        return chosen
+    return found
+
+
+def write_junit(path: Path, outcomes: list[Outcome]) -> None:
+    count = {status: str(sum(o.status == status for o in outcomes)) for status in ("failed", "skipped")}
+    suite = ElementTree.Element(
+        "testsuite", name="smoke", tests=str(len(outcomes)), failures=count["failed"], skipped=count["skipped"]
+    )
+    for o in outcomes:
+        case = ElementTree.SubElement(suite, "testcase", classname=o.chapter, name=o.id, time=str(o.seconds))
+        if o.status != "passed":
+            tag = "failure" if o.status == "failed" else "skipped"
+            ElementTree.SubElement(case, tag, message=o.note).text = _xml_safe(o.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as file:
+        ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
+
+
+def _xml_safe(text: str) -> str:
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+
+
+def _smoke_all(exercises: list[Exercise], gpu: bool) -> list[Outcome]:
+    width = max(len(f"{e.chapter} {e.id}") for e in exercises)
+    outcomes = []
+    for exercise in exercises:
+        outcome = smoke(exercise, gpu=gpu)
+        name = f"{exercise.chapter} {exercise.id}".ljust(width)
+        print(f"{outcome.status:8} {name} {outcome.seconds:6.1f} s  {outcome.note}".rstrip(), flush=True)
+        if outcome.status == "failed":
+            print(f"  {outcome.command}\n{outcome.output}", file=sys.stderr, flush=True)
+        outcomes.append(outcome)
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return outcomes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.exercises", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("list", "run", "smoke"))
+    parser.add_argument("chapter", nargs="?", help="ch01 or ch01_intro")
+    parser.add_argument("id", nargs="?", help="one exercise of that chapter")
+    parser.add_argument("--gpu", action="store_true", help="the commands for a GPU machine")
+    parser.add_argument("--json", type=Path, help="write the outcomes there")
+    parser.add_argument("--junit", type=Path, help="write a JUnit report there")
+    args = parser.parse_args(argv)
+    try:
+        exercises = select(args.chapter, args.id)
+        if args.action == "list":
+            for e in exercises:
+                print(f"{e.chapter:26} {e.id:22} {','.join(e.covers):12} {e.title}\n{'':27}{e.run}")
+            return 0
+        if args.action == "run":
+            if not args.id:
+                raise UserError("run takes a chapter and an exercise id; see `list`")
+            command = exercises[0].gpu if args.gpu else exercises[0].run
+            done = process.run(command, timeout_s=24 * 3600, on_line=lambda line: print(line, flush=True))
+            print(done.stderr, end="", file=sys.stderr)
+            return done.returncode
+        outcomes = _smoke_all(exercises, args.gpu)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(args.json) as file:
+                json.dump([asdict(o) for o in outcomes], file, indent=2)
+        if args.junit:
+            write_junit(args.junit, outcomes)
+        return 1 if any(o.status == "failed" for o in outcomes) else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
