@@ -4,7 +4,8 @@ The rules, in the order in which they decide:
 
   groups    tensor parallelism waits for an all-reduce in every layer, so a group is as good as its worst link;
             the GPUs are split into groups of 2, 4 and 8 so that the worst links are as good as they can be
-  NIC       the closest by link kind, then one on the same NUMA node, then the faster one; equals share the GPUs evenly
+  NIC       the closest by link kind, then one on the same NUMA node; equals share the GPUs evenly, and a NIC counts as
+            an equal down to half the best rate: alone on it, a GPU still gets what half of the fast one would give
   CPUs      each rank gets its part of the cores of its GPU's NUMA node, and memory from that node
 
 NCCL variables: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html
@@ -147,9 +148,7 @@ def _tensor_parallel(machine: Machine, advice: Advice) -> None:
             advice.why = reason.format(worst=advice.groups[advice.best_size][0].worst)
             return
     worst = advice.groups[2][0].worst
-    advice.why = (
-        f"the best pair is joined by {worst} only: keep each model on one GPU, use data or pipeline parallelism"
-    )
+    advice.why = f"the best pair is joined by {worst} only: keep a model on one GPU, use data or pipeline parallelism"
 
 
 # ---------------------------------------------------------------- a NIC and cores for each rank
@@ -170,18 +169,21 @@ def assign_nics(machine: Machine) -> dict[int, Nic]:
     if not nics:
         return {}
 
-    def quality(gpu: Gpu, nic: Nic) -> tuple[int, bool, float]:
+    def closeness(gpu: Gpu, nic: Nic) -> tuple[int, bool]:
         same_node = gpu.numa_node is not None and gpu.numa_node == nic.numa_node
-        return link_rank(machine.link(gpu.label, nic.name)), same_node, nic.rate_gbps or 0.0
+        return link_rank(machine.link(gpu.label, nic.name)), same_node
 
-    best = {}
+    best: dict[int, list[Nic]] = {}
     for gpu in machine.gpus:
-        top = max(quality(gpu, nic) for nic in nics)
-        best[gpu.index] = [nic.name for nic in nics if quality(gpu, nic) == top]
+        top = max(closeness(gpu, nic) for nic in nics)
+        nearest = [nic for nic in nics if closeness(gpu, nic) == top]
+        fastest = max(nic.rate_gbps or 0.0 for nic in nearest)
+        best[gpu.index] = [nic for nic in nearest if (nic.rate_gbps or 0.0) >= fastest / 2]
     load: dict[str, list[int]] = {nic.name: [] for nic in nics}
 
     def place(gpu: int, capacity: int, tried: set[str]) -> bool:
-        for name in sorted(best[gpu], key=lambda nic: len(load[nic])):
+        for nic in sorted(best[gpu], key=lambda nic: (len(load[nic.name]), -(nic.rate_gbps or 0.0))):
+            name = nic.name
             if name in tried:
                 continue
             tried.add(name)
@@ -241,7 +243,7 @@ def _gpu_ranks(machine: Machine, advice: Advice) -> None:
 
 
 def _cpu_ranks(machine: Machine, advice: Advice) -> None:
-    """One rank a NUMA node: no rank then reads another node's memory. One node: one rank for speed, two to learn with."""
+    """One rank a NUMA node, so that no rank reads another node's memory; on a single node one rank, or two to learn."""
     homes = [node for node in machine.numa_nodes if node.cpus]
     cores = machine.cpu.cores if machine.cpu else 0
     for rank, node in enumerate(homes):
@@ -304,9 +306,10 @@ def _warnings(machine: Machine, advice: Advice) -> Iterator[str]:
             if rank.nic and link_rank(rank.nic_link) < LOCAL
         ]
         if far:
+            level = "SYS" if all("SYS" in gpu for gpu in far) else "PHB"
             yield (
-                f"no local NIC below the same PCIe bridges for {', '.join(far)}: by default NCCL uses GPUDirect RDMA up "
-                "to PXB only; try NCCL_NET_GDR_LEVEL=PHB and measure"
+                f"no NIC below the same PCIe bridges for {', '.join(far)}: by default NCCL uses GPUDirect RDMA up to "
+                f"PXB only; try NCCL_NET_GDR_LEVEL={level} and measure"
             )
         if machine.gpudirect is None:
             yield (

@@ -185,6 +185,7 @@ def _add_gpus(
         if gpu.numa_node is None and gpu.cpus:  # older drivers print CPUs only: the node that holds them all
             holders = [node.id for node in machine.numa_nodes if node.cpus and set(gpu.cpus) <= set(node.cpus)]
             gpu = replace(gpu, numa_node=holders[0] if len(holders) == 1 else None)
+        gpu = replace(gpu, numa_node=_only_node(machine) if gpu.numa_node is None else gpu.numa_node)
         if gpu.numa_node is not None and machine.numa_nodes and machine.numa_of(gpu.numa_node) is None:
             raise UserError(
                 f"GPU{index} is near NUMA node {gpu.numa_node}, which the kernel does not list; "
@@ -199,7 +200,8 @@ def _add_gpus(
 
 def _add_nics(machine: Machine, matrix: TopoMatrix | None, root: Path) -> None:
     """NICs of the kernel and of the matrix, joined by device name."""
-    machine.nics = sysfs.nics(root)
+    only = _only_node(machine)
+    machine.nics = [replace(nic, numa_node=only) if nic.numa_node is None else nic for nic in sysfs.nics(root)]
     known = {nic.name for nic in machine.nics}
     for name in matrix.nics if matrix else []:
         if name not in known:
@@ -208,6 +210,11 @@ def _add_nics(machine: Machine, matrix: TopoMatrix | None, root: Path) -> None:
             machine.notes.append(f"{name} is in the matrix only: its rate and state are unknown, RDMA is assumed")
     if matrix and not matrix.nics_named:
         machine.notes.append("the matrix names NICs by number and has no NIC legend: they cannot be joined with sysfs")
+
+
+def _only_node(machine: Machine) -> int | None:
+    """On a machine with one NUMA node every device is near it, also where a virtual machine does not say so."""
+    return machine.numa_nodes[0].id if len(machine.numa_nodes) == 1 else None
 
 
 def _nvswitch(machine: Machine, driver: list[nvml.NvmlGpu], on_pci: bool) -> bool | None:
