@@ -4,15 +4,15 @@ You learn   RDMA against TCP. With TCP a byte is copied from the application to 
             the NIC, and copied again on the other side: CPU time, and tens of microseconds. With RDMA the application
             registers a buffer once (which pins it: memlock), and the NIC itself moves it into the other host's buffer:
             no copies, no kernel on the way, one or two microseconds. InfiniBand is a network made for that (lossless by
-            credits); RoCE v2 carries the same in UDP over Ethernet and wants a network that loses no packets (PFC, ECN);
+            credits); RoCE v2 carries the same in UDP over Ethernet and wants a network that loses no packet (PFC, ECN);
             EFA is AWS's own. With GPUDirect RDMA the buffer may lie in GPU memory, and the CPU's memory is left out.
 Laptop      python ch01_intro/network_check.py
             python ch01_intro/network_check.py --from tests/fixtures/topology/hgx_h100
 GPU node    python ch01_intro/network_check.py
 Cluster     srun --ntasks-per-node=1 --nodes=1 python ch01_intro/network_check.py
-You see     each device with a verdict (ok, attention, absent) and its consequence; a table, derived from the link's rate
-            by the ring formula, of how long the gradients of a model travel; and a TCP round trip measured on loopback,
-            which is the cost of the software alone and says nothing about a network
+You see     each device with a verdict (ok, attention, absent) and its consequence; a table, derived from the rate of
+            the links by the ring formula, of how long the gradients of a model travel; and a TCP round trip measured on
+            loopback, which is the cost of the software alone and says nothing about a network
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def allreduce_table(machine: Machine, total_gbps: float | None) -> str:
     lines += ["2 (N-1)/N x parameters x 2 bytes from each node; no latency, links always full."]
     rates = [total_gbps] if total_gbps else REFERENCE_GBPS
     for gbps in rates:
-        what = "what this node's NICs carry together" if total_gbps else "a reference: this host does not tell its rate"
+        what = "the NICs that its GPUs use, together" if machine.gpus else "the fastest NIC of this host"
+        what = what if total_gbps else "a reference: this host does not tell its rate"
         lines += ["", f"  at {gbps:g} Gb/s ({what})"]
         lines.append(f"  {'model':<12}{'gradient':>12}" + "".join(f"{f'N = {nodes}':>12}" for nodes in NODES))
         for name, parameters in MODELS.items():

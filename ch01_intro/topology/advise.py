@@ -197,9 +197,9 @@ def assign_nics(machine: Machine) -> dict[int, Nic]:
                     return True
         return False
 
-    for gpu in best:
+    for index in best:
         capacity = 1
-        while not place(gpu, capacity, set()):
+        while not place(index, capacity, set()):
             capacity += 1
     by_name = {nic.name: nic for nic in nics}
     chosen = {gpu: by_name[name] for name, gpus in load.items() for gpu in gpus}
@@ -212,7 +212,7 @@ def _share(cpus: tuple[int, ...], part: int, parts: int) -> tuple[int, ...]:
     runs = cpu_ranges(cpus)
     if any(last - first + 1 < parts for first, last in runs):
         return cpus[part * len(cpus) // parts : (part + 1) * len(cpus) // parts] or cpus
-    shares = []
+    shares: list[int] = []
     for first, last in runs:
         count = last - first + 1
         shares += range(first + part * count // parts, first + (part + 1) * count // parts)

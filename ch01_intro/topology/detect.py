@@ -91,7 +91,7 @@ class RecordedMachine:
         return self._read("lscpu.json", "lscpu.txt")
 
     def nvml(self) -> list[nvml.NvmlGpu]:
-        return nvml.from_json(self._read("nvml.json"))
+        return nvml.from_json(self._read("nvml.json"), f"{self.root}/nvml.json")
 
 
 Source = LiveMachine | RecordedMachine
@@ -131,13 +131,20 @@ def detect(recorded: Path | None = None) -> Machine:
         except NotAvailable as why:
             machine.sources[name] = f"not available: {why}"
             return None
+        except UserError as why:
+            if recorded is not None:
+                raise
+            # Here a tool prints what this code cannot read for certain; the other sources may still do.
+            machine.sources[name] = f"not available: {str(why).split(';')[0]}"
+            return None
         machine.sources[name] = "ok"
         return found
 
-    matrix = ask("nvidia-smi topo", lambda: parse_topo(origin.topo()))
-    names = ask("nvidia-smi query", lambda: parse_gpu_query(origin.gpu_query()))
+    at = "" if recorded is None else f"{recorded}/"
+    matrix = ask("nvidia-smi topo", lambda: parse_topo(origin.topo(), f"{at}topo.txt"))
+    names = ask("nvidia-smi query", lambda: parse_gpu_query(origin.gpu_query(), f"{at}gpus.csv"))
     driver = ask("nvml", origin.nvml)
-    cpu = ask("lscpu", lambda: parse_lscpu(origin.lscpu()))
+    cpu = ask("lscpu", lambda: parse_lscpu(origin.lscpu(), f"{at}lscpu"))
     machine.numa_nodes = ask("sysfs", lambda: _numa_or_not(origin.root)) or []
     if cpu is not None:
         machine.cpu, nodes = cpu

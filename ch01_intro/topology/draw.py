@@ -129,7 +129,7 @@ def _advice_lines(machine: Machine, advice: Advice) -> Iterator[str]:
         nic = f"{rank.nic} ({rank.nic_link or 'link unknown'}) " if rank.nic else ""
         yield f"  rank {rank.rank}: {gpu}{nic}{rank.command}".rstrip()
     for name, value in advice.env.items():
-        yield f"  export {name}={value}"
+        yield f'  export {name}="{value}"'
     for warning in advice.warnings:
         yield f"  ! {warning}"
 

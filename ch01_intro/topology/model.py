@@ -164,7 +164,7 @@ class Machine:
             machine.nics = [_build(Nic, item) for item in data["nics"]]
             machine.numa_nodes = [_build(NumaNode, item) for item in data["numa_nodes"]]
             machine.links = {(a, b): kind for a, b, kind in data["links"]}
-            known = {device.label for device in [*machine.gpus, *machine.nics]}
+            known = {gpu.label for gpu in machine.gpus} | {nic.label for nic in machine.nics}
             for (a, b), kind in machine.links.items():
                 if not (a in known and b in known and is_link_kind(kind)):
                     raise ValueError(f"link {a}-{b} {kind}")
@@ -175,7 +175,7 @@ class Machine:
 
 def _build(kind: type[Any], data: dict[str, Any]) -> Any:
     """A dataclass from its JSON object: lists become tuples, keys of `distances` numbers again."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     if "distances" in values:
         values["distances"] = {int(node): cost for node, cost in values["distances"].items()}
     return kind(**values)

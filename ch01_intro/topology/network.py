@@ -33,7 +33,7 @@ class Finding:
 def ring_allreduce_seconds(gradient_bytes: float, nodes: int, gbps: float) -> float:
     """The time on the wire of a ring all-reduce: each node sends and receives 2 (N-1)/N times the gradient.
 
-    A lower bound: no latency, no protocol overhead, a link that is always full in both directions, `gbps` in 10^9 bit/s.
+    A lower bound: no latency, no protocol overhead, links always full in both directions; `gbps` in 10^9 bit/s.
     Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009).
     """
     return 2 * (nodes - 1) / nodes * gradient_bytes * 8 / (gbps * 1e9)
@@ -62,7 +62,7 @@ def fabric(machine: Machine) -> str:
 def findings(machine: Machine, root: Path) -> list[Finding]:
     """All findings for a machine whose kernel files lie below `root`."""
     rdma = [nic for nic in machine.nics if nic.rdma]
-    found = [_rdma_port(nic) for nic in rdma]
+    found: list[Finding | None] = [_rdma_port(nic) for nic in rdma]
     if not rdma:
         text = "no device in /sys/class/infiniband"
         found.append(Finding("RDMA", ABSENT, text, "NCCL and gloo use TCP sockets: the CPUs copy every byte"))

@@ -28,6 +28,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 DEVICE = re.compile(r"[A-Za-z][\w.:-]*")
 GPU = re.compile(r"GPU(\d{1,3})")
 NIC_NUMBER = re.compile(r"NIC\d{1,3}")
+OLD_WORDS = {"SOC": "SYS"}  # up to driver 384: "socket-level link"
 AFFINITY_COLUMNS = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
 SAVE_AGAIN = "save it again with: nvidia-smi topo -m > topo.txt"
 
@@ -84,22 +85,21 @@ def parse_topo(text: str, where: str = "topo.txt") -> TopoMatrix:
     if len(set(names.values())) < len(names):
         raise fail("the NIC legend names one device twice")
     matrix = TopoMatrix(gpus, nics, nics_named=not any(NIC_NUMBER.fullmatch(nic) for nic in nics))
+    for row in labels:  # each row by itself first: its own X shows a lost cell best
+        own = rows[row][labels.index(row)]
+        if own != "X":
+            raise fail(f"row {row} has {own[:20]!r} in its own column, not X (a cell is missing, or one too many)")
+        for column, cell in zip(labels, rows[row], strict=True):
+            if column != row and not is_link_kind(OLD_WORDS.get(cell, cell)):
+                raise fail(f"{cell[:20]!r} between {row} and {column} is no link kind (NV#, PIX, PXB, PHB, NODE, SYS)")
     for y, row in enumerate(labels):
-        for x, column in enumerate(labels):
-            kind = "SYS" if rows[row][x] == "SOC" else rows[row][x]
-            if x == y:
-                if kind != "X":
-                    raise fail(f"{row} against itself should be X, not {kind[:20]!r}")
-                continue
-            if not is_link_kind(kind):
-                raise fail(f"{kind[:20]!r} between {row} and {column} is no link kind (NV#, PIX, PXB, PHB, NODE, SYS)")
-            mirrored = "SYS" if rows[column][y] == "SOC" else rows[column][y]
+        for x, column in enumerate(labels[y + 1 :], start=y + 1):
+            kind, mirrored = rows[row][x], rows[column][y]
             if kind != mirrored:
-                raise fail(f"not symmetric: {row}-{column} is {kind}, {column}-{row} is {mirrored[:20]}")
+                raise fail(f"not symmetric: {row}-{column} is {kind}, {column}-{row} is {mirrored}")
             if kind.startswith("NV") and not (GPU.fullmatch(row) and GPU.fullmatch(column)):
                 raise fail(f"{kind} between {row} and {column}: NVLink joins GPUs only")
-            if x > y:
-                matrix.links[names[row], names[column]] = kind
+            matrix.links[names[row], names[column]] = OLD_WORDS.get(kind, kind)
     for label, index in zip((label for label in labels if GPU.fullmatch(label)), gpus, strict=True):
         affinity = _affinity(label, *tails[label], tail_columns, fail)
         _store_affinity(matrix, index, label, affinity, fail)

@@ -121,13 +121,17 @@ def nics(root: Path) -> list[Nic]:
     """RDMA devices first, then the network interfaces that are not the IP side of one of them."""
     rdma = [_rdma_device(folder, root) for folder in _entries(root / "sys/class/infiniband")]
     behind = {nic.netdev for nic in rdma}
-    default = default_interface(root)
-    plain = []
-    for folder in _entries(root / "sys/class/net"):
-        physical = (folder / "device").is_dir() or (folder / "bonding").is_dir()
-        if folder.name not in behind and (physical or folder.name == default):
-            plain.append(_interface(folder))
-    return rdma + plain
+    folders = [folder for folder in _entries(root / "sys/class/net") if folder.name not in behind]
+    return rdma + [_interface(folder) for folder in folders if _is_listed(folder, root)]
+
+
+def _is_physical(folder: Path) -> bool:
+    return (folder / "device").is_dir() or (folder / "bonding").is_dir()
+
+
+def _is_listed(folder: Path, root: Path) -> bool:
+    """Loopback, bridges and the like are left out; in a container the one interface is virtual but leads outside."""
+    return _is_physical(folder) or folder.name == default_interface(root)
 
 
 def _rdma_device(folder: Path, root: Path) -> Nic:
@@ -256,10 +260,12 @@ def record(target: Path, root: Path = Path("/")) -> int:
     copied = 0
     for pattern in FILES:
         for path in sorted(root.glob(pattern)):
+            relative = path.relative_to(root)
+            if relative.parts[:3] == ("sys", "class", "net") and not _is_listed(root / Path(*relative.parts[:4]), root):
+                continue  # hundreds of them on a host with containers
             text = read(path) if os.access(path, os.R_OK) else None
             if text is None:
                 continue
-            relative = path.relative_to(root)
             if relative.name == "route":
                 text = "\n".join("\t".join(line.split()[:2]) for line in text.splitlines())
             if relative.parent.name == "gids" and text.strip("0:"):
