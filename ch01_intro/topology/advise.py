@@ -268,6 +268,7 @@ def _environment(machine: Machine, advice: Advice) -> None:
     by_name = {nic.name: nic for nic in machine.nics}
     hcas = sorted({name for name in used if by_name[name].kind in ("infiniband", "roce")}, key=list(by_name).index)
     if advice.best_group:
+        advice.env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order; CUDA's own puts the fastest GPU first
         advice.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, advice.best_group))
     if hcas:
         # "=" asks for these names exactly: a bare mlx5_1 is a prefix and would take mlx5_10 too
@@ -297,7 +298,10 @@ def _warnings(machine: Machine, advice: Advice) -> Iterator[str]:
     for gpu in machine.gpus:
         if gpu.nvlinks_total and gpu.nvlinks_active is not None and 0 < gpu.nvlinks_active < gpu.nvlinks_total:
             down = gpu.nvlinks_total - gpu.nvlinks_active
-            yield f"{gpu.label}: {down} of {gpu.nvlinks_total} NVLinks are down; see nvidia-smi nvlink --status"
+            yield (
+                f"{gpu.label}: {down} of {gpu.nvlinks_total} NVLinks are inactive, a fault unless bridges are missing; "
+                "see nvidia-smi nvlink --status"
+            )
     rdma = [nic for nic in machine.nics if nic.rdma]
     if machine.gpus and rdma:
         far = [

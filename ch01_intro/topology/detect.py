@@ -29,7 +29,6 @@ from .parse import TopoMatrix, parse_gpu_query, parse_lscpu, parse_topo
 T = TypeVar("T")
 TOPO = ["nvidia-smi", "topo", "-m"]
 GPU_QUERY = ["nvidia-smi", "--query-gpu=index,name,memory.total,pci.bus_id", "--format=csv,noheader,nounits"]
-MAX_NVLINKS_PER_GPU = 18  # H100 and B200; more between the pairs than a GPU has plugs means a switch
 
 
 class NotAvailable(Exception):
@@ -237,9 +236,11 @@ def _nvswitch(machine: Machine, driver: list[nvml.NvmlGpu], on_pci: bool) -> boo
         sum(nvlinks(machine.link(gpu.label, other.label)) for other in machine.gpus if other is not gpu)
         for gpu in machine.gpus
     ]
+    if len(machine.gpus) == 1:
+        return None
     if not any(per_gpu):
         return False
-    if min(per_gpu) > MAX_NVLINKS_PER_GPU:
+    if min(per_gpu) > nvml.MAX_NVLINKS:
         return True
     uneven = len({nvlinks(kind) for kind in machine.gpu_links().values()}) > 1
     return False if uneven else None  # a switch joins every pair alike; an even small mesh could be either

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def _title(machine: Machine) -> str:
     if machine.gpus:
         names = sorted({gpu.name or "unknown model" for gpu in machine.gpus})
         parts.append(f"{len(machine.gpus)} × {', '.join(names)}")
-        parts.append({True: "NVSwitch", False: "no NVSwitch", None: "NVSwitch unknown"}[machine.nvswitch])
+        if len(machine.gpus) > 1:
+            parts.append({True: "NVSwitch", False: "no NVSwitch", None: "NVSwitch unknown"}[machine.nvswitch])
         parts.append(f"GPUDirect RDMA: {machine.gpudirect or 'no'}")
     else:
         parts.append("no GPU found")
@@ -131,7 +133,7 @@ def _advice_lines(machine: Machine, advice: Advice) -> Iterator[str]:
     for name, value in advice.env.items():
         yield f'  export {name}="{value}"'
     for warning in advice.warnings:
-        yield f"  ! {warning}"
+        yield textwrap.fill(warning, 118, initial_indent="  ! ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 # ---------------------------------------------------------------- PNG

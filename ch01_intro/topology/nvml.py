@@ -21,7 +21,7 @@ from .parse import pci_address
 # nvmlGpuTopologyLevel_t → the words of `nvidia-smi topo -m`. INTERNAL is two GPUs on one board: one bridge.
 ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 GPU_END, SWITCH_END = 0, 2  # nvmlIntNvLinkDeviceType_t
-MAX_NVLINKS = 18  # NVML_NVLINK_MAX_LINKS
+MAX_NVLINKS = 18  # of H100 and B200
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _gpu(nvml: Any, index: int, handles: list[Any], cpu_count: int) -> NvmlGpu:
     with contextlib.suppress(error):
         words = nvml.nvmlDeviceGetCpuAffinity(handle, (cpu_count + 63) // 64)
         gpu.cpus = tuple(64 * n + bit for n, word in enumerate(words) for bit in range(64) if word >> bit & 1)
-    for link in range(MAX_NVLINKS):
+    for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", MAX_NVLINKS)):
         try:
             gpu.nvlinks.append(_nvlink(nvml, handle, link))
         except error:

@@ -158,15 +158,12 @@ def _affinity(label: str, cells: list[str], line: str, columns: list[str], fail:
         cells = cells[:-1]
     if not cells:
         return values
-    tabbed = line.split("\t")
-    if len(cells) == 1 and "\t" in line:  # count the tabs: nothing between two of them is an empty cell
-        position = max(n for n, cell in enumerate(tabbed) if cell.strip() == cells[0])
-        first = next(n for n, cell in enumerate(tabbed) if cell.strip() == "X")
-        devices = len([cell for cell in tabbed[first:] if is_link_kind(cell.strip()) or cell.strip() == "X"])
-        offset = position - first - devices
-        if 0 <= offset < len(left):
-            values[left[offset]] = cells[0]
-            return values
+    if len(cells) == 1 and "\t" in line:
+        # The CPU list comes right after the last device. Behind it the number of tabs varies, for alignment.
+        fields = [field.strip() for field in line.split("\t")]
+        devices = max(n for n, field in enumerate(fields) if field == "X" or is_link_kind(OLD_WORDS.get(field, field)))
+        values[left[0] if fields[devices + 1] else left[-1]] = cells[0]
+        return values
     raise fail(f"row {label}: {' '.join(cells)!r} could be any of {', '.join(left)}")
 
 
