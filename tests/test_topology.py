@@ -703,6 +703,10 @@ def test_texts_do_not_overlap_in_the_picture(name: str, tmp_path: Path, monkeypa
     draw_png(machine, advise(machine), tmp_path / "topology.png")
     figure = kept[0]
     texts = [text for axes in figure.axes for text in axes.texts if text.get_text()] + list(figure.texts)
+    texts += [
+        text for axes in figure.axes for text in (*axes.get_xticklabels(), *axes.get_yticklabels()) if axes.axison
+    ]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
     for n, (first, a) in enumerate(boxes):
         assert a.x0 >= 0, first

@@ -22,12 +22,12 @@ STYLE = {
     "SYS": ("#cf222e", 1.1),
 }
 MEANING = {
-    "NV": "NV#  bonded NVLinks",
-    "PIX": "PIX   one PCIe bridge",
-    "PXB": "PXB   several PCIe bridges",
-    "PHB": "PHB   PCIe host bridge",
-    "NODE": "NODE  host bridges of one NUMA node",
-    "SYS": "SYS   between NUMA nodes",
+    "NV": "NV# NVLinks",
+    "PIX": "PIX one bridge",
+    "PXB": "PXB bridges",
+    "PHB": "PHB host bridge",
+    "NODE": "NODE in a node",
+    "SYS": "SYS across nodes",
 }
 LEGEND = (
     "X itself, NV# = # NVLinks, PIX one PCIe bridge, PXB several, PHB host bridge, NODE within a NUMA node, SYS between"
@@ -150,7 +150,7 @@ def draw_png(machine: Machine, advice: Advice, path: Path) -> None:
 
     spans, inner = _layout(machine, advice)
     columns = _columns(machine) if machine.links else []
-    low, high = _vertical(machine)
+    low, high = _vertical(machine, spans)
     width = max(inner, 7.5) + 0.6
     foot = 0.5 if machine.links else 0.05
     matrix_height = 0.36 * len(machine.gpus) if columns else 0.0
@@ -215,20 +215,28 @@ def _row(left: float, right: float, count: int) -> list[float]:
     return [start + n * (BOX + GAP) for n in range(count)]
 
 
-def _vertical(machine: Machine) -> tuple[float, float]:
+def _vertical(machine: Machine, spans: list[Span]) -> tuple[float, float]:
     """The vertical extent: room below the GPUs for the switch bar or for the longest arc."""
     low = NIC_Y - 0.5
     if machine.gpus:
         low = GPU_Y - 0.4
     if machine.nvswitch:
         low = GPU_Y - 1.45
-    elif _arcs(machine):
-        low = GPU_Y - 0.75 * _arc_depth(len(machine.gpus) - 2) - 0.25
+    elif arcs := _arcs(machine):
+        centres = {label: x for *_, of_box in spans for label, x in of_box.items()}
+        deepest = max(_arc_depth(_between(machine, centres, pair)) for pair in arcs)
+        low = GPU_Y - 0.75 * deepest - 0.25
     return low, NIC_Y + HEIGHT + 0.75
 
 
 def _arc_depth(gpus_between: int) -> float:
     return 0.75 + 0.62 * gpus_between
+
+
+def _between(machine: Machine, centres: dict[str, float], pair: tuple[int, int]) -> int:
+    """How many GPUs stand between two."""
+    a, b = sorted(centres[f"GPU{index}"] for index in pair)
+    return sum(a < centres[gpu.label] < b for gpu in machine.gpus)
 
 
 def _arcs(machine: Machine) -> dict[tuple[int, int], str]:
@@ -238,7 +246,10 @@ def _arcs(machine: Machine) -> dict[tuple[int, int], str]:
 
 
 def _colour(kind: str) -> tuple[str, float]:
-    return STYLE["NV" if nvlinks(kind) else kind]
+    """Colour and width; more NVLinks make a thicker line."""
+    if nvlinks(kind):
+        return STYLE["NV"][0], 3.4 + 0.1 * min(nvlinks(kind), 18)
+    return STYLE[kind]
 
 
 def _draw_graph(axes: Any, machine: Machine, advice: Advice, spans: list[Span]) -> set[str]:
@@ -331,7 +342,7 @@ def _draw_gpu_edges(axes: Any, machine: Machine, where: dict[str, float]) -> set
     for (i, j), kind in sorted(drawn.items(), key=lambda item: link_rank(item[1])):
         colour, width = _colour(kind)
         a, b = sorted((where[f"GPU{i}"], where[f"GPU{j}"]))
-        steps = sum(a < x < b for x in xs)
+        steps = _between(machine, where, (i, j))
         depth = _arc_depth(steps)
         a, b = a + 0.14 + 0.06 * steps, b - 0.14 - 0.06 * steps  # arcs that start at one GPU stay apart
         curve = Curve([(a, GPU_Y), (a, GPU_Y - depth), (b, GPU_Y - depth), (b, GPU_Y)], [1, 4, 4, 4])
@@ -356,7 +367,8 @@ def _draw_matrix(axes: Any, machine: Machine, columns: list[str]) -> set[str]:
             axes.fill([x + 0.03, x + 0.97, x + 0.97, x + 0.03], [y + 0.05, y + 0.05, y + 0.95, y + 0.95], color=colour)
             text = "white" if known else "#57606a"
             axes.text(x + 0.5, y + 0.52, kind or "?", ha="center", va="center", fontsize=7.5, color=text)
-    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, fontsize=7)
+    size = 7 if max(map(len, columns)) <= 10 else 5.8
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, fontsize=size)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], rows, fontsize=7.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -376,5 +388,5 @@ def _draw_legend(figure: Any, shown: set[str], group: bool) -> None:
     if group:
         handles.append(Patch(facecolor="#d8f5e0", edgecolor=GROUP_COLOUR, linewidth=2, label="advised group"))
     if handles:
-        columns = min(len(handles), int(figure.get_figwidth() / 1.6))
-        figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=7, frameon=False)
+        style = {"fontsize": 7, "frameon": False, "columnspacing": 1.6, "handlelength": 1.8}
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), **style)
