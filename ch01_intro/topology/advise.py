@@ -245,7 +245,10 @@ def _gpu_ranks(machine: Machine, advice: Advice) -> None:
 def _cpu_ranks(machine: Machine, advice: Advice) -> None:
     """One rank a NUMA node, so that no rank reads another node's memory; on a single node one rank, or two to learn."""
     homes = [node for node in machine.numa_nodes if node.cpus]
-    cores = machine.cpu.cores if machine.cpu else 0
+    cores = machine.cpu.cores if machine.cpu else sum(len(node.cpus) for node in homes)
+    if not cores:
+        advice.why = "no GPU, and neither lscpu nor sysfs told about the CPUs: nothing can be advised"
+        return
     for rank, node in enumerate(homes):
         command = bind_command(node.id if len(homes) > 1 else None, node.cpus)
         advice.ranks.append(RankPlan(rank, None, None, None, node.id, node.cpus, command))

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from common import script
 from common.script import UserError, atomic_write
 
 from . import nvml, sysfs
@@ -145,9 +146,16 @@ def detect(recorded: Path | None = None) -> Machine:
     driver = ask("nvml", origin.nvml)
     cpu = ask("lscpu", lambda: parse_lscpu(origin.lscpu(), f"{at}lscpu"))
     machine.numa_nodes = ask("sysfs", lambda: _numa_or_not(origin.root)) or []
+    if recorded is not None and "ok" not in machine.sources.values():
+        raise UserError(f"nothing in {recorded} can be read; write it again with --record on that machine")
     if cpu is not None:
         machine.cpu, nodes = cpu
         machine.numa_nodes = machine.numa_nodes or [NumaNode(node, cpus) for node, cpus in sorted(nodes.items())]
+        if recorded is None and script.usable_cores() < machine.cpu.cpus:
+            machine.notes.append(
+                f"this process may use {script.usable_cores()} of {machine.cpu.cpus} CPUs (container or Slurm step): "
+                "a binding to others fails; see taskset -cp $$"
+            )
     _add_gpus(machine, matrix, names or {}, driver or [])
     _add_nics(machine, matrix, origin.root)
     machine.gpudirect = sysfs.gpudirect(origin.root) if machine.gpus else None
