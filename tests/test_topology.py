@@ -359,7 +359,7 @@ def test_missing_numa_node_is_refused(tmp_path: Path) -> None:
 
 def test_folder_where_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "topo.txt").mkdir()
-    with pytest.raises(UserError, match="nothing in .* can be read; write it again with --record"):
+    with pytest.raises(UserError, match=r"nothing in .* can be read; write it again with --record"):
         detect(tmp_path)
 
 
@@ -470,6 +470,33 @@ def test_best_split_is_not_the_greedy_one() -> None:
     machine.links = {(f"GPU{a}", f"GPU{b}"): "SYS" for a in range(4) for b in range(a + 1, 4)}
     machine.links |= {("GPU0", "GPU1"): "NV4", ("GPU0", "GPU2"): "PIX", ("GPU1", "GPU3"): "PIX"}
     assert [group.gpus for group in split_into_groups(machine, 2)] == [(0, 2), (1, 3)]
+
+
+def test_a_group_is_as_good_as_its_worst_link() -> None:
+    """One NVLink does not make up for SYS to the other two: four GPUs on one host bridge are the better group."""
+    machine = Machine("five", gpus=[Gpu(n) for n in range(5)])
+    machine.links = {(f"GPU{a}", f"GPU{b}"): "PHB" for a in range(4) for b in range(a + 1, 4)}
+    machine.links |= {("GPU0", "GPU4"): "NV4", **{(f"GPU{n}", "GPU4"): "SYS" for n in (1, 2, 3)}}
+    assert [(group.gpus, group.worst) for group in split_into_groups(machine, 4)] == [((0, 1, 2, 3), "PHB")]
+
+
+@pytest.mark.parametrize(
+    ("count", "kinds", "expected"),
+    [
+        (8, ["NV8"], True),  # 56 plugs a GPU
+        (4, ["NV18"], True),  # 54
+        (4, ["NV4"], None),  # 12: joined directly, or two of many behind a switch
+        (2, ["NV18"], None),
+        (4, ["NV4", "SYS"], False),  # a switch would join every pair alike
+        (4, ["PHB"], False),
+    ],
+)
+def test_nvswitch_from_the_matrix_alone(count: int, kinds: list[str], expected: bool | None, tmp_path: Path) -> None:
+    machine = Machine("n", gpus=[Gpu(n, numa_node=0, cpus=(0,)) for n in range(count)])
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    machine.links = {(f"GPU{a}", f"GPU{b}"): kinds[(a + b) % len(kinds)] for a, b in pairs}
+    (tmp_path / "topo.txt").write_text(render(machine, tabs=True, legend=False))
+    assert detect(tmp_path).nvswitch is expected
 
 
 def test_nics_are_matched_not_grabbed() -> None:
