@@ -26,7 +26,16 @@ from pathlib import Path
 
 from ch01_intro.topology import Machine, detect
 from ch01_intro.topology.detect import source
-from ch01_intro.topology.network import ABSENT, ATTENTION, OK, fabric, findings, node_gbps, ring_allreduce_seconds
+from ch01_intro.topology.network import (
+    ABSENT,
+    ATTENTION,
+    OK,
+    Finding,
+    fabric,
+    findings,
+    node_gbps,
+    ring_allreduce_seconds,
+)
 from common import logs, script
 
 MODELS = {"nano (4M)": 4e6, "124M": 124.4e6, "1B": 1.24e9, "8B": 8.03e9}  # parameters; a gradient in bf16 has 2 bytes
@@ -56,9 +65,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     total = node_gbps(machine)
     if logs.env_rank() == 0:
         print(f"{machine.name}: best network {fabric(machine)}\n")
-        for finding in found:
-            print(f"{finding.verdict:<10} {finding.topic:<16} {finding.found}\n{'':27} {finding.consequence}")
-            run.log(topic=finding.topic, verdict=finding.verdict, found=finding.found)
+        for (verdict, text, consequence), topics in alike(found).items():
+            print(f"{verdict:<10} {', '.join(topics)}: {text}\n{'':11}{consequence}")
+            run.log(topics=topics, verdict=verdict, found=text)
         print("\n" + allreduce_table(machine, total))
         print("\n" + loopback_text(loopback))
     verdicts = [finding.verdict for finding in found]
@@ -76,6 +85,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "allreduce_8b_8_nodes_s_derived": ring_allreduce_seconds(2 * MODELS["8B"], 8, total) if total else None,
         **(loopback or {"loopback_rtt_us_p50": None, "loopback_gib_per_s": None}),
     }
+
+
+def alike(found: list[Finding]) -> dict[tuple[str, str, str], list[str]]:
+    """Topics by what was found on them: eight NICs in the same state are one line."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for finding in found:
+        groups.setdefault((finding.verdict, finding.found, finding.consequence), []).append(finding.topic)
+    return groups
 
 
 def allreduce_table(machine: Machine, total_gbps: float | None) -> str:

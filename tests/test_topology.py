@@ -623,7 +623,18 @@ def test_network_findings() -> None:
     assert cpu["mlx5_1 MTU"] == cpu["mlx5_1 PFC/ECN"] == OK
     assert cloud["rdmap0s29"] == cloud["huge pages"] == OK
     assert verdicts("pcie_workstation")["RDMA"] == "absent"
-    assert verdicts("dgx_a100")["mlx5_5"] == ATTENTION
+    dgx = verdicts("dgx_a100")
+    assert dgx["mlx5_5"] == dgx["mlx5_8"] == ATTENTION  # down; went down three times
+    assert dgx["mlx5_9"] == OK
+
+
+def test_gid_with_an_ipv4_address_is_preferred(tmp_path: Path) -> None:
+    port = copy_of("cpu_only", tmp_path) / "sys/class/infiniband/mlx5_0/ports/1"
+    (port / "gids/1").write_text("fe80:0000:0000:0000:0000:0000:0000:0001\n")
+    for index, kind in ((2, "IB/RoCE v1"), (3, "RoCE v2")):
+        (port / f"gids/{index}").write_text("0000:0000:0000:0000:0000:ffff:0a00:0001\n")
+        (port / f"gid_attrs/types/{index}").write_text(kind + "\n")
+    assert sysfs.nics(tmp_path / "cpu_only")[0].roce_v2_gid == 3
 
 
 def test_ring_formula() -> None:

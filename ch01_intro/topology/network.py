@@ -62,7 +62,7 @@ def fabric(machine: Machine) -> str:
 def findings(machine: Machine, root: Path) -> list[Finding]:
     """All findings for a machine whose kernel files lie below `root`."""
     rdma = [nic for nic in machine.nics if nic.rdma]
-    found: list[Finding | None] = [_rdma_port(nic) for nic in rdma]
+    found: list[Finding | None] = [_rdma_port(nic, root) for nic in rdma]
     if not rdma:
         text = "no device in /sys/class/infiniband"
         found.append(Finding("RDMA", ABSENT, text, "NCCL and gloo use TCP sockets: the CPUs copy every byte"))
@@ -75,19 +75,27 @@ def findings(machine: Machine, root: Path) -> list[Finding]:
     return [finding for finding in found if finding]
 
 
-def _rdma_port(nic: Nic) -> Finding:
+def _rdma_port(nic: Nic, root: Path) -> Finding:
     rate = nic.rate_text or (f"{nic.rate_gbps:g} Gb/s" if nic.rate_gbps else "rate unknown")
     text = f"{nic.kind}, {rate}, {nic.state}"
     if nic.state == "down":
         return Finding(nic.name, ATTENTION, text, "NCCL skips this port, so its GPUs share another NIC")
     if nic.state == "unknown":
         return Finding(nic.name, ATTENTION, text, "seen in the GPU matrix only: run ibstat to learn its state and rate")
+    downs = sysfs.read(_port(nic, root) / "counters/link_downed")
+    if downs and downs.isdigit() and int(downs) > 0:
+        text += f", went down {downs} times"
+        return Finding(nic.name, ATTENTION, text, "a link that goes down in training aborts NCCL: check cable and port")
     consequence = {
         "infiniband": "lossless by credits: the NIC moves memory to memory, no CPU copies, no tuning of PFC",
         "roce": "RDMA in UDP packets: as fast as InfiniBand while the switches lose no packet",
         "efa": "RDMA-like transport of AWS: NCCL needs the aws-ofi-nccl plugin, else it falls back to TCP",
     }[nic.kind]
     return Finding(nic.name, OK, text, consequence)
+
+
+def _port(nic: Nic, root: Path) -> Path:
+    return root / "sys/class/infiniband" / nic.name / "ports" / str(nic.port or 1)
 
 
 def _roce(nic: Nic) -> Iterator[Finding]:
@@ -111,7 +119,7 @@ def _roce(nic: Nic) -> Iterator[Finding]:
 
 def _congestion(nic: Nic, root: Path) -> Iterator[Finding]:
     """Hints at PFC and ECN: what the port's counters say since boot. The switches' side cannot be read from a host."""
-    counters = root / "sys/class/infiniband" / nic.name / "ports" / str(nic.port or 1) / "hw_counters"
+    counters = _port(nic, root) / "hw_counters"
     marked = sysfs.read(counters / "np_ecn_marked_roce_packets")
     lost = sysfs.read(counters / "out_of_sequence")
     topic = f"{nic.name} PFC/ECN"

@@ -43,7 +43,6 @@ FILES = (
     "sys/class/net/*/speed",
     "sys/class/net/*/operstate",
     "sys/class/net/*/mtu",
-    "sys/class/net/*/ecn/roce_np/enable/*",
     "sys/bus/pci/drivers/nvidia-nvswitch/*:*/numa_node",
     "sys/module/nvidia_peermem/initstate",
     "sys/module/nv_peer_mem/initstate",
