@@ -6,7 +6,6 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +41,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A cache folder for this test run: throw-away corpora that several tests read."""
-    yield str(tmp_path_factory.mktemp("cache"))
+    return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

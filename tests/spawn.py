@@ -154,7 +154,8 @@ def run_script(
     children: list[process.Child] = []
     try:
         for variables in _environments(world_size, ranks, env):
-            children.append(process.Child([sys.executable, str(script), *args], env=variables))
+            child = process.Child([sys.executable, str(script), *args], env=variables)
+            children.append(child)
         done = [child.wait(max(0.1, started + timeout_s - time.monotonic())) for child in children]
     finally:
         for child in children:
