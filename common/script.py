@@ -191,15 +191,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")
@@ -209,7 +200,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[], Result]) -> NoReturn:
     """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
     try:
-        result = _finite(main())
+        result = logs.finite(main())
         if logs.env_rank() == 0:
             if Run.current is not None:
                 Run.current.finish(result)
@@ -228,6 +219,7 @@ def run(main: Callable[[], Result]) -> NoReturn:
 
 
 def _exit_with_line(message: str) -> NoReturn:
-    where = f" [rank {logs.env_rank()}]" if "RANK" in os.environ else ""
+    several = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    where = f" [rank {logs.env_rank()}]" if several else ""
     print(f"error{where}: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)
