@@ -40,17 +40,30 @@ def save(folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any
         hashing = _Hashing(file)
         torch.save(state, hashing)
         _sync(file)
+    hashing.digest.update(_described(step, settings))
     with (partial / "meta.json").open("w") as file:
         json.dump({"step": step, "sha256": hashing.digest.hexdigest(), "settings": settings}, file)
         _sync(file)
     _sync_folder(partial)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(partial, final)
     _sync_folder(folder)
     for old in every(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first: a kill in the middle must not leave half a checkpoint that looks like a whole one."""
+    gone = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
+def _described(step: int, settings: dict[str, Any]) -> bytes:
+    return json.dumps([step, settings], sort_keys=True).encode()
 
 
 def _sync(file: IO[Any]) -> None:
@@ -83,6 +96,7 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         with (path / "state.pt").open("rb") as file:
             while piece := file.read(1 << 22):
                 digest.update(piece)
+        digest.update(_described(meta["step"], meta["settings"]))
         if digest.hexdigest() != meta["sha256"]:
             raise ValueError("its hash differs from the one it was saved with")
         for name, wanted in settings.items():
@@ -94,6 +108,15 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return int(meta["step"]), torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path} ({Path(error.filename).name} is missing); check --resume") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+    ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the checkpoint before it") from None

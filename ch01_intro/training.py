@@ -7,6 +7,7 @@ be laid side by side.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from pathlib import Path
@@ -21,7 +22,7 @@ from ch01_intro import bigram, checkpoint
 from common import data, lm, profiling
 from common.dist import Context
 from common.logs import Metrics, get_logger
-from common.script import UserError, at_least, parser, positive
+from common.script import UserError, at_least, atomic_write, parser, positive
 
 log = get_logger()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,10 +137,11 @@ def evaluate(model: nn.Module, corpus: data.Corpus, args: argparse.Namespace, ct
     blocks = data.Blocks(corpus.validation, args.seq_len)
     mine = np.arange(ctx.rank, validation_blocks(corpus, args), ctx.world_size)
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens: ranks may have unequal shares
+    dtype = compute_dtype(args.dtype, ctx.device)
     model.eval()
     for start in range(0, len(mine), args.batch_size):
         inputs, targets = blocks.batch(mine[start : start + args.batch_size])
-        with torch.autocast(ctx.device.type, compute_dtype(args.dtype, ctx.device)):
+        with torch.autocast(ctx.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=inputs.to(ctx.device), use_cache=False).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.to(ctx.device).flatten(), reduction="sum")
         total += torch.tensor([losses.item(), targets.numel()], dtype=torch.float64)
@@ -247,17 +249,15 @@ def open_losses(folder: Path, step: int) -> Metrics:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); pass another --out") from None
     kept = [row for row in Metrics.read(path) if row["step"] <= step] if path.exists() and step else []
-    path.unlink(missing_ok=True)
-    losses = Metrics(path)
-    for row in kept:
-        losses.write(**row)
-    return losses
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+    return Metrics(path)
 
 
 def sample(model: nn.Module, tokenizer: Any, prompt: str, tokens: int, seed: int) -> str:
     """`prompt` continued by `tokens` tokens, drawn at temperature 0.7 from the 50 likeliest."""
     device = next(model.parameters()).device
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").input_ids.to(device)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -140,8 +140,8 @@ class Child:
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+            self.process.wait(30)  # before psutil does: it would take the exit status away
             psutil.wait_procs(alive, timeout=5)
-        self.process.wait(30)
 
     def stop(self, grace_s: float = 10) -> None:
         """SIGTERM to the process, then to what it left behind, then SIGKILL for what is still there."""
@@ -149,7 +149,7 @@ class Child:
             self.process.terminate()  # torchrun and other parents stop their own children in order
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
-        if left := self.tree():
+        if left := [process for process in self.tree() if process.pid != self.process.pid]:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()

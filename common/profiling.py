@@ -17,20 +17,21 @@ import torch
 GIB = 2**30
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
-# Dense peak rates in TFLOP/s, without sparsity: (name as torch.cuda reports it, bf16/fp16 tensor core, tf32, fp32).
+# Dense peak rates in TFLOP/s, without sparsity: (name as torch.cuda reports it, rates). bf16 stands for fp16 too.
 # Sources: NVIDIA's data sheets "H100 Tensor Core GPU", "H200", "A100", "L40S", "L4", "A10", "V100", "T4" and
 # "DGX B200"; each sheet's "with sparsity" figure is halved. An SXM part is told from a PCIe one by its name.
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    (r"B200", {"bf16": 2250, "tf32": 1100, "fp32": 75}),
-    (r"H200", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
+    (r"\bB200\b", {"bf16": 2250, "tf32": 1100, "fp32": 75}),
+    (r"\bH[12]00 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60}),
+    (r"\bH200\b", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
     (r"H100 PCIe", {"bf16": 756, "tf32": 378, "fp32": 51.2}),
     (r"H100", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),
     (r"A100", {"bf16": 312, "tf32": 156, "fp32": 19.5}),
     (r"L40S", {"bf16": 362, "tf32": 183, "fp32": 91.6}),
     (r"\bL4\b", {"bf16": 121, "tf32": 60, "fp32": 30.3}),
     (r"\bA10\b", {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
-    (r"V100", {"bf16": 125, "fp32": 15.7}),  # fp16 only
-    (r"\bT4\b", {"bf16": 65, "fp32": 8.1}),  # fp16 only
+    (r"V100", {"fp16": 125, "fp32": 15.7}),
+    (r"\bT4\b", {"fp16": 65, "fp32": 8.1}),
 )
 
 
@@ -176,14 +177,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Theoretical FLOP/s of the device for matrix products in `dtype`; None where the table does not know it."""
     if device.type != "cuda":
         return None
-    kind = {torch.bfloat16: "bf16", torch.float16: "bf16"}.get(dtype)
-    if dtype == torch.float32:
-        kind = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    fp32 = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    kinds = {torch.bfloat16: ["bf16"], torch.float16: ["fp16", "bf16"], torch.float32: [fp32]}.get(dtype, [])
     name = torch.cuda.get_device_name(device)
-    for pattern, rates in PEAK_TFLOPS:
-        if re.search(pattern, name) and kind in rates:
-            return rates[kind] * 1e12
-    return None
+    if "MIG" in name:  # a slice of the device, of a size that the table does not know
+        return None
+    rates = next((rates for pattern, rates in PEAK_TFLOPS if re.search(pattern, name)), {})
+    return next((rates[kind] * 1e12 for kind in kinds if kind in rates), None)
 
 
 def mfu(tokens_per_s: float, flops_a_token: float, device: torch.device, dtype: torch.dtype) -> float | None:
