@@ -31,6 +31,7 @@ from common.logs import get_logger
 from common.script import UserError, usable_cores
 
 log = get_logger()
+STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
 NETWORK_HINT = (
     "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
     "(firewall), that all nodes agree on the world size, and the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
@@ -141,6 +142,15 @@ class Context:
         """
         number = self._calls[label] = self._calls.get(label, 0) + 1
         _meet(self.store, f"barrier/{label}/{number}", self.launch, "", self.timeout_s, f"the barrier {label!r}")
+
+    def exchange(self, label: str, said: str) -> list[str]:
+        """Everybody's word, in rank order. Needs no collective, so it can compare ranks before one that might hang.
+
+        Raises:
+            UserError: a rank did not arrive within the session's timeout.
+        """
+        number = self._calls[label] = self._calls.get(label, 0) + 1
+        return _meet(self.store, f"exchange/{label}/{number}", self.launch, said, self.timeout_s, repr(label))
 
     def mesh(self, **sizes: int) -> DeviceMesh:
         """A named device mesh, outermost dimension first: ctx.mesh(dp=-1, tp=2). One size may be -1.
@@ -323,7 +333,7 @@ def _meet(store: Store, key: str, launch: Launch, said: str, timeout_s: float, w
                 came = launch.world_size - len(missing)
                 raise UserError(
                     f"{came} of {launch.world_size} ranks reached {what} in {timeout_s:g} s, missing: rank "
-                    f"{compress(missing)}; look at the missing rank's own log first, then {NETWORK_HINT}"
+                    f"{compress(missing)}; {NETWORK_HINT if key == 'join' else STUCK_HINT}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.05)

@@ -191,13 +191,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+def _presentable(value: Any) -> Any:
+    """Floats to six significant digits. JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: _presentable(v) for k, v in value.items()}
+    return [_presentable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -209,7 +209,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[], Result]) -> NoReturn:
     """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
     try:
-        result = _finite(main())
+        result = _presentable(main())
         if logs.env_rank() == 0:
             if Run.current is not None:
                 Run.current.finish(result)
