@@ -11,6 +11,7 @@ ends with a table: passed, failed, or skipped with what it would need.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import operator
@@ -310,9 +311,9 @@ def main(argv: list[str] | None = None) -> int:
             if not args.id:
                 raise UserError("run takes a chapter and an exercise id; see `list`")
             command = exercises[0].gpu if args.gpu else exercises[0].run
-            done = process.run(command, timeout_s=24 * 3600, on_line=lambda line: print(line, flush=True))
-            print(done.stderr, end="", file=sys.stderr)
-            return done.returncode
+            show = functools.partial(print, flush=True)
+            complain = functools.partial(print, file=sys.stderr, flush=True)
+            return process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain).returncode
         outcomes = _smoke_all(exercises, args.gpu)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
