@@ -6,6 +6,8 @@ Measured from the live tensors, computed from the model's shape, and followed ov
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -215,29 +217,27 @@ class Timeline:
         for path, module in self.model.named_modules():
             made.append(module.register_forward_hook(lambda *_, path=path: self.mark(f"forward {path or '(model)'}")))
         for name, parameter in self.model.named_parameters():
-            done = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.mark(f"gradient {name}"))
-            made.append(done)
-        try:
-            yield
-        finally:
-            for hook in made:
-                hook.remove()
+            done = functools.partial(lambda name, _: self.mark(f"gradient {name}"), name)
+            made.append(parameter.register_post_accumulate_grad_hook(done))
+        yield
+        for hook in made:
+            hook.remove()
 
     def read(self, trace: Path) -> int:
         """Take times (and on a CPU the bytes) from the Chrome trace of the steps; the number of its timed events."""
         events = json.loads(trace.read_text())["traceEvents"]
-        at = {e["name"]: e["ts"] / 1e6 for e in events if e.get("cat") == "user_annotation"}
-        times = [at[f"mark {i}: {mark.label}"] for i, mark in enumerate(self.marks)]
-        start = times[0]
         if self.device.type == "cuda":
-            totals = [mark.allocated for mark in self.marks]
-            self.points = [(t - start, total) for t, total in zip(times, totals, strict=True)]
+            times, totals = [mark.seconds for mark in self.marks], [mark.allocated for mark in self.marks]
+            self.points = [(t - times[0], total) for t, total in zip(times, totals, strict=True)]
         else:
+            at = {e["name"]: e["ts"] / 1e6 for e in events if e.get("cat") == "user_annotation"}
+            times = [at[f"mark {i}: {mark.label}"] for i, mark in enumerate(self.marks)]
             deltas = sorted((e["ts"] / 1e6, e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-            live = self.weights + np.cumsum([d for _, d in deltas], dtype=np.int64)
-            self.points = [(t - start, int(n)) for (t, _), n in zip(deltas, live, strict=True)]
-            before = np.searchsorted([t for t, _ in deltas], times) - 1
-            totals = [int(live[i]) if i >= 0 else self.weights for i in before]
+            live = np.cumsum([self.weights, *(size for _, size in deltas)], dtype=np.int64)
+            at_event = [times[0], *(t for t, _ in deltas)]
+            self.points = [(t - times[0], int(n)) for t, n in zip(at_event, live, strict=True)]
+            totals = [int(live[i]) for i in np.searchsorted(at_event[1:], times)]
+        start = times[0]
         self.marks = [
             Mark(m.label, t - start, total, m.gradients, m.optimizer)
             for m, t, total in zip(self.marks, times, totals, strict=True)
@@ -246,15 +246,8 @@ class Timeline:
 
     def spans(self) -> list[tuple[str, float, float]]:
         """(phase, begin, end) in seconds."""
-        begun: dict[str, float] = {}
-        found = []
-        for mark in self.marks:
-            how, _, name = mark.label.partition(" ")
-            if how == "begin":
-                begun[name] = mark.seconds
-            elif how == "end":
-                found.append((name, begun[name], mark.seconds))
-        return found
+        edges = [m for m in self.marks if m.label.startswith(("begin ", "end "))]  # phases do not nest: they alternate
+        return [(a.label[6:], a.seconds, b.seconds) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 SHADES = {"data": "#eeeeee", "forward": "#dbe9f6", "backward": "#fde5d2", "communication": "#e4dcf1",
@@ -276,6 +269,10 @@ def plot_timeline(timeline: Timeline, path: Path, title: str) -> None:
     latest = np.clip(np.searchsorted([m.seconds for m in timeline.marks], seconds, side="right") - 1, 0, None)
     gradients = np.array([m.gradients for m in timeline.marks])[latest]
     moments = np.array([m.optimizer for m in timeline.marks])[latest]
+    for before, after in itertools.pairwise(timeline.marks):  # ... but for the first optimizer step, which makes them
+        inside = (seconds >= before.seconds) & (seconds < after.seconds)
+        growth = np.clip(total[inside] - before.allocated, 0, after.optimizer - before.optimizer)
+        moments[inside] += growth
     weights = np.full_like(gradients, timeline.weights)
     rest = np.clip(total - weights - gradients - moments, 0, None)
 

@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         blocks = data.Blocks(corpus.train, args.seq_len)
         batches = data.ShardedBatches(blocks, args.batch_size, rank=ctx.rank, world_size=ctx.world_size, seed=args.seed)
         timer = ProbedTimer(ctx.device)
-        profiling.reset_peak_memory(ctx.device)
         steps = training_steps(model, optimizer, batches, args, ctx, timer)
 
         # 1. The first steps under the profiler, with marks on the timeline. Each rank keeps its own trace.
@@ -96,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
         # 3. The steps that are timed, with nothing in their way.
         timer.probe = None
+        profiling.reset_peak_memory(ctx.device)
         timer.restart()
         with logs.Progress(timed_steps, "timing") as progress:
             for number in range(timed_steps):
@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             print(f"\n{phase_table(works, phases_ms['step'], least_bytes(model.config, args, ctx))}\n")
             for name, (verdict, evidence) in verdicts.items():
                 print(f"{name:<14}{verdict}: {evidence}")
+            if ctx.world_size > 1:
+                print(f"{'':14}communication also contains the wait for the slowest of {ctx.world_size} ranks")
             print(f"\nThe operators that took longest in the {TRACED_STEPS} traced steps\n{table[0]}")
         ctx.barrier("report written")
 
@@ -171,8 +173,10 @@ def works_of(
     }
     works = [Work(name, phases_ms[name] / 1e3, flops[name], moved[name]) for name in flops]
     if ctx.world_size > 1:
-        wire = roofline.wire_bytes(4 * lm.parameter_count(config), ctx.world_size)
-        works.insert(2, Work("communication", phases_ms["communication"] / 1e3, wire=wire))
+        size = 4 * lm.parameter_count(config)
+        # beside the all_reduce the phase packs the gradients, divides and unpacks: each reads and writes all of them
+        wire, moved_here = roofline.wire_bytes(size, ctx.world_size), 6 * size
+        works.insert(2, Work("communication", phases_ms["communication"] / 1e3, moved=moved_here, wire=wire))
     return works
 
 
@@ -207,7 +211,7 @@ def phase_table(works: list[Work], step_ms: float, least: dict[str, float]) -> s
         f"{'phase':<14}{'ms':>9}{'share':>8}{'GFLOP':>10}{'MiB moved':>12}{'MiB least':>12}{'TFLOP/s':>10}{'GiB/s':>9}"
     ]
     for work in works:
-        moved, seconds = work.moved or work.wire, work.seconds
+        moved, seconds = work.moved, work.seconds
         lines.append(
             f"{work.name:<14}{seconds * 1e3:>9.2f}{seconds * 1e3 / step_ms:>8.0%}{work.flops / 1e9:>10.3f}"
             f"{moved / MIB:>12.1f}{least.get(work.name, moved) / MIB:>12.1f}{work.flops / seconds / 1e12:>10.4f}"

@@ -83,27 +83,35 @@ def classify(work: Work, ceilings: Ceilings) -> tuple[str, str]:
     return (best if shares[best] >= FAR else OVERHEAD), evidence
 
 
-def measure_ceilings(ctx: Context, dtype: torch.dtype, *, budget_s: float = 0.5) -> Ceilings:
+def measure_ceilings(ctx: Context, dtype: torch.dtype) -> Ceilings:
     """Time a large matrix product, a large triad, and with several ranks a large all_reduce. All ranks take part."""
-    cuda, device = ctx.device.type == "cuda", ctx.device
-    side = 8192 if cuda else 1024
+    local_ranks = ctx.launch.local_world_size
+    flops, memory = matmul_rate(ctx.device, dtype), triad_rate(ctx.device, local_ranks)
+    return Ceilings(flops, memory, allreduce_rate(ctx) if ctx.world_size > 1 else None)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product."""
+    side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
-    flops = 2 * side**3 / best_seconds(lambda: torch.mm(a, b, out=product), device, budget_s)
-    del a, b, product
+    return 2 * side**3 / best_seconds(lambda: torch.mm(a, b, out=product), device)
 
-    # STREAM's triad: two arrays read, one written; each larger than any cache, and small beside what is free
-    size = min(2**30 if cuda else 2**27, profiling.available_memory(device) // (16 * ctx.launch.local_world_size))
+
+def triad_rate(device: torch.device, local_ranks: int = 1) -> float:
+    """Bytes/s of STREAM's triad: two arrays read, one written; each larger than most caches, and small beside what is
+    free."""
+    size = min(2**30 if device.type == "cuda" else 2**27, profiling.available_memory(device) // (16 * local_ranks))
     x, y, z = (torch.ones(size // 4, device=device) for _ in range(3))
-    moved = 3 * x.nbytes / best_seconds(lambda: torch.add(x, y, alpha=3.0, out=z), device, budget_s)
-    del x, y, z
+    return 3 * x.nbytes / best_seconds(lambda: torch.add(x, y, alpha=3.0, out=z), device)
 
-    network = None
-    if ctx.world_size > 1:
-        message = torch.zeros(2**28 if cuda else 2**24, device=device)  # 1 GiB, 64 MiB
-        seconds = best_seconds(lambda: torch.distributed.all_reduce(message), device, budget_s, repeats=5)
-        network = wire_bytes(message.nbytes, ctx.world_size) / seconds
-    return Ceilings(flops, moved, network)
+
+def allreduce_rate(ctx: Context) -> float:
+    """Bytes/s that each rank sends in an all_reduce of 64 MiB, 1 GiB on GPUs. With gloo on one host: loopback."""
+    message = torch.zeros(2**28 if ctx.device.type == "cuda" else 2**24, device=ctx.device)
+    # a fixed number of runs: all ranks must call equally often
+    seconds = best_seconds(lambda: torch.distributed.all_reduce(message), ctx.device, budget_s=0, least=5)
+    return wire_bytes(message.nbytes, ctx.world_size) / seconds
 
 
 def wire_bytes(size: int, world_size: int) -> float:
@@ -111,14 +119,11 @@ def wire_bytes(size: int, world_size: int) -> float:
     return 2 * (world_size - 1) / world_size * size
 
 
-def best_seconds(
-    action: Callable[[], Any], device: torch.device, budget_s: float = 0.5, repeats: int | None = None
-) -> float:
+def best_seconds(action: Callable[[], Any], device: torch.device, budget_s: float = 0.5, least: int = 3) -> float:
     """Shortest of several runs, after two to warm up: a ceiling is what the machine can do undisturbed."""
     times: list[float] = []
     begin = time.perf_counter()
-    wanted = repeats + 2 if repeats else None  # a fixed number where all ranks must call equally often
-    while len(times) < (wanted or 5) or (wanted is None and time.perf_counter() - begin < budget_s):
+    while len(times) < least + 2 or time.perf_counter() - begin < budget_s:
         synchronize(device)
         start = time.perf_counter()
         action()
@@ -243,7 +248,7 @@ def draw(axes: Any, works: list[Work], ceilings: Ceilings) -> None:
 
 
 def plot(works: list[Work], ceilings: Ceilings, path: Path, title: str) -> None:
-    """The roofline as a PNG; work without FLOPs (communication) is told in the title line."""
+    """The roofline as a PNG; work without FLOPs (communication) is told in the title."""
     import matplotlib
 
     matplotlib.use("Agg")
