@@ -20,6 +20,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from ch01_intro import memory, roofline, training
 from ch01_intro.memory import KINDS, MIB
@@ -47,6 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = training.training_parser(__doc__)
     parser.set_defaults(steps=20)
     args = parser.parse_args(argv)
+    lm.config(args.preset, args.seq_len)  # a name that does not exist ends here, before a tokenizer is looked for
     if args.steps <= WARM_UP_STEPS:
         raise script.UserError(f"--steps {args.steps} leaves none to time after {WARM_UP_STEPS} to warm up; take more")
     return args
@@ -70,8 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         # 1. The first steps under the profiler, with marks on the timeline. Each rank keeps its own trace.
         timeline = memory.Timeline(model, optimizer, ctx.device)
         timer.probe = timeline.phase
-        trace = run.path("trace.json" if ctx.is_main else f"trace-rank{ctx.rank}.json")
-        ctx.barrier("run folder made")
+        folder = Path(ctx.exchange("run folder", str(run.folder.absolute()))[0])
+        folder.mkdir(parents=True, exist_ok=True)  # on the other nodes
+        trace = folder / ("trace.json" if ctx.is_main else f"trace-rank{ctx.rank}.json")
         with profiling.trace(trace, ctx.device, memory=True) as table, timeline.hooks():
             for _ in range(TRACED_STEPS):
                 next(steps)
@@ -100,6 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         with logs.Progress(timed_steps, "timing") as progress:
             for number in range(timed_steps):
                 loss = next(steps).loss
+                roofline.synchronize(ctx.device)  # so that each step's time is its own
                 progress.update(number + 1)
         loss_last = loss.item()
         rows = timer.rows_ms(skip=TRACED_STEPS + 1 + WARM_UP_STEPS)

@@ -10,8 +10,9 @@ Cluster     srun --ntasks=1 --gpus=1 python ch01_intro/workloads.py --preset 1b
 You see     one table (intensity, memory, latency, throughput) and workloads.png with the roofline; a proof that decode
             with the KV cache gives the uncached tokens; time to first token at two arrival rates
 
-Prompts are random tokens: the speed does not depend on what they say. A model of a few million parameters fits a CPU's
-cache and is decoded in microseconds on a GPU: its verdict may be overhead bound. Take a larger preset to see the memory.
+Prompts are random tokens: the speed does not depend on what they say. With a few million parameters the Python around a
+decode step and the launches of its kernels take longer than its bytes: then the verdict says overhead bound. Read the
+intensities, and take a larger preset to see the memory's limit itself.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ch01_intro import memory, roofline, training
+from ch01_intro.decode import Generated, generate, generate_uncached
 from ch01_intro.memory import MIB
 from ch01_intro.roofline import Work
 from ch01_intro.train_baseline import training_steps
@@ -37,7 +37,7 @@ from common import dist, lm, logs, profiling, script
 
 log = logs.get_logger()
 WARM_UP_STEPS = 2
-LOADS = {"light": 0.3, "busy": 0.95}  # requests that arrive while one is served
+LOADS = {"light": 0.2, "busy": 3.0}  # requests that arrive while one is served; above 1 the queue only grows
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--model", type=Path, help="a Hugging Face folder instead of --preset")
     group.add_argument("--new-tokens", type=script.at_least(2), default=32, help="tokens to generate a sequence")
     group.add_argument("--decode-batch", type=script.at_least(2), default=16, help="sequences decoded together")
-    group.add_argument("--requests", type=script.at_least(2), default=16, help="requests at each arrival rate")
+    group.add_argument("--requests", type=script.at_least(4), default=12, help="requests at each arrival rate")
     args = parser.parse_args(argv)
     if args.model:
         if not (args.model / "config.json").is_file():
@@ -58,57 +58,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     longest = lm.config(args.preset, args.seq_len + args.new_tokens).max_position_embeddings
     if args.seq_len + args.new_tokens > longest:
         raise script.UserError(
-            f"--seq-len {args.seq_len} and --new-tokens {args.new_tokens} exceed the model's {longest} positions; shorten"
+            f"{args.seq_len} prompt and {args.new_tokens} new tokens exceed the model's {longest} positions; take fewer"
         )
     return args
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Tokens [batch, new] and the host's clock when the prompt was sent and when each token was there."""
-
-    tokens: torch.Tensor
-    begun: float
-    times: list[float]
-
-    @property
-    def prefill_s(self) -> float:
-        return self.times[0] - self.begun
-
-    @property
-    def decode_s(self) -> list[float]:
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
-
-
-@torch.inference_mode()
-def generate(model: nn.Module, prompts: torch.Tensor, new_tokens: int) -> Generated:
-    """Greedy decoding with a KV cache. prompts: int64 [batch, length], all of the same length.
-
-    Prefill runs the whole prompt once and keeps the keys and values of each layer; after that each step runs one token
-    a sequence, which attends to what the cache holds.
-    """
-    import transformers
-
-    cache = transformers.DynamicCache(config=model.config)
-    tokens, times, inputs = [], [], prompts
-    roofline.synchronize(prompts.device)
-    begun = time.perf_counter()
-    for _ in range(new_tokens):
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        inputs = logits[:, -1].argmax(-1, keepdim=True)  # [batch, 1]: the only input of the next step
-        tokens.append(inputs.cpu())  # a server must have the token on the host to send it: waits for the device
-        times.append(time.perf_counter())
-    return Generated(torch.cat(tokens, 1), begun, times)
-
-
-@torch.inference_mode()
-def generate_uncached(model: nn.Module, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """The same by definition: run everything again for each new token. Tokens [batch, new]."""
-    sequence = prompts
-    for _ in range(new_tokens):
-        logits = model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits
-        sequence = torch.cat([sequence, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return sequence[:, prompts.shape[1] :].cpu()
 
 
 def serve(
@@ -154,8 +106,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         model = training.build_model(args, ctx.device)
         config, vocab = model.config, model.config.vocab_size
         ceilings = roofline.measure_ceilings(ctx, dtype)
-        batch, length, new = args.batch_size, args.seq_len, args.new_tokens
-        prompts = torch.randint(vocab, (args.decode_batch, length), device=ctx.device)
+        batch, many, length, new = args.batch_size, args.decode_batch, args.seq_len, args.new_tokens
+        prompts = torch.randint(vocab, (max(batch, many), length), device=ctx.device)
 
         log.info("checking the KV cache", preset=args.preset)
         model.eval()  # in float32, where two orders of summation do not change which token is the likeliest
@@ -165,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         log.info("training", steps=args.steps)
         optimizer, timer = training.make_optimizer(model, args.lr), profiling.StepTimer(ctx.device)
         for _ in training_steps(model, optimizer, random_batches(args, vocab), args, ctx, timer):
-            pass
+            roofline.synchronize(ctx.device)  # so that each step's time is its own
         step_s = timer.median_ms(WARM_UP_STEPS)["step"] / 1e3
         state = sum(row.optimizer for row in memory.state_bytes(model, optimizer).values())
         activations = sum(memory.activation_formula(config, batch, length, dtype).values())
@@ -173,16 +125,17 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         optimizer.zero_grad()
         del optimizer
 
-        log.info("offline inference", new_tokens=new, decode_batch=args.decode_batch)
-        model.eval().to(dtype)  # inference needs neither float32 weights nor gradients
+        log.info("offline inference", new_tokens=new, decode_batch=many)
+        model.eval()
+        for parameter in model.parameters():  # inference needs no float32 weights; RoPE's frequencies do stay float32
+            parameter.data = parameter.data.to(dtype)
         weights, size = sum(p.nbytes for p in model.parameters()), dtype.itemsize
         generate(model, prompts, 2)
-        alone, together = (generate(model, prompts[:n], new) for n in (1, args.decode_batch))
-        prefill = generate(model, prompts[: min(batch, args.decode_batch)], 2)
-        rows = prompts[: min(batch, args.decode_batch)].shape[0]
+        alone, together = (generate(model, prompts[:n], new) for n in (1, many))
+        prefill = generate(model, prompts[:batch], 2)
 
         log.info("serving", requests=args.requests)
-        service_s = alone.times[-1] - alone.begun
+        service_s = min(g.times[-1] - g.begun for g in (generate(model, prompts[:1], new) for _ in range(3)))
         requests = [torch.randint(vocab, (1, length), device=ctx.device) for _ in range(args.requests)]
         served = {}
         for name, load in LOADS.items():  # the same gaps, only shorter: Poisson arrivals
@@ -194,35 +147,34 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         step_bytes = roofline.training_bytes(config, batch, length, dtype)
         context = length + new // 2  # a decode step's mean
 
-        def work(name: str, seconds: float, n: int, tokens: int, cached: int) -> Work:
-            flops = roofline.inference_flops(config, n, tokens, cached)
-            return Work(name, seconds, flops, roofline.inference_bytes(config, n, tokens, cached, size))
+        def work(name: str, seconds: float, *shape: int) -> Work:  # shape: sequences, new tokens of each, cached ones
+            flops = roofline.inference_flops(config, *shape)
+            return Work(name, seconds, flops, roofline.inference_bytes(config, *shape, size))
 
         works = {
             "training": Work("training step", step_s, sum(step_flops.values()), sum(step_bytes.values())),
-            "prefill": work(f"prefill, batch {rows}", prefill.prefill_s, rows, length, 0),
+            "prefill": work(f"prefill, batch {batch}", prefill.prefill_s, batch, length, 0),
             "decode": work("decode, batch 1", statistics.median(alone.decode_s), 1, 1, context),
-            "decode_batch": work(
-                f"decode, batch {args.decode_batch}",
-                statistics.median(together.decode_s),
-                args.decode_batch,
-                1,
-                context,
-            ),
+            "decode_batch": work(f"decode, batch {many}", statistics.median(together.decode_s), many, 1, context),
         }
-        tokens = {"training": batch * length, "prefill": rows * length, "decode": 1, "decode_batch": args.decode_batch}
+        tokens = {"training": batch * length, "prefill": batch * length, "decode": 1, "decode_batch": many}
         rate = {name: tokens[name] / w.seconds for name, w in works.items()}
-        held = {  # MiB: weights, gradients and moments, activations, KV cache
-            "training": [gradients, gradients + state, activations, 0],
-            "prefill": [weights, 0, 0, roofline.kv_bytes(config, rows, length, size)],
-            "decode": [weights, 0, 0, roofline.kv_bytes(config, 1, length + new, size)],
-            "decode_batch": [weights, 0, 0, roofline.kv_bytes(config, args.decode_batch, length + new, size)],
-        }
+        held = {
+            "training": [gradients, gradients + state, activations, 0]
+        }  # bytes, in the order of HELD; weights first
+        for name, n, cached in (
+            ("prefill", batch, length),
+            ("decode", 1, length + new),
+            ("decode_batch", many, length + new),
+        ):
+            held[name] = [weights, 0, 0, roofline.kv_bytes(config, n, cached, size)]
         verdicts = {name: roofline.classify(w, ceilings) for name, w in works.items()}
         used = profiling.memory(ctx.device)
         print(table(works, rate, held))
         for name, (verdict, evidence) in verdicts.items():
             print(f"{works[name].name:<18}{verdict}: {evidence}")
+        longer = works["decode_batch"].seconds / works["decode"].seconds
+        print(f"\na decode step of {many} sequences takes {longer:.1f} times as long as that of one")
         print(serving_text(served, service_s))
         what = f"{args.preset if not args.model else args.model.name}, {str(dtype)[6:]}, {ctx.device.type}"
         plot(works, rate, held, served, ceilings, run.path("workloads.png"), what)
@@ -262,10 +214,9 @@ def table(works: dict[str, Work], rate: dict[str, float], held: dict[str, list[i
 
 
 def serving_text(served: dict[str, Any], service_s: float) -> str:
+    columns = "".join(f"{name:>13}" for name in ("TTFT p50", "TTFT p95", "token p50", "token p95"))
     lines = [f"\nserving one request takes {service_s * 1e3:.1f} ms; requests arrive at random, one worker, in order"]
-    lines.append(
-        f"{'load':<7}{'requests/s':>11}{'TTFT p50':>13}{'TTFT p95':>13}{'token p50':>13}{'token p95':>13}{'tokens/s':>10}"
-    )
+    lines.append(f"{'load':<7}{'requests/s':>11}{columns}{'tokens/s':>10}")
     for name, (first, later, per_s) in served.items():
         times = [*np.percentile(first, [50, 95]), *np.percentile(later, [50, 95])]
         cells = "".join(f"{t * 1e3:>10.1f} ms" for t in times)
@@ -301,8 +252,9 @@ def plot(
     for (name, (first, _, _)), color in zip(served.items(), roofline.COLORS, strict=False):
         share = np.arange(1, len(first) + 1) / len(first)
         last.step(np.sort(first) * 1e3, share, where="post", color=color, label=f"{name}: load {LOADS[name]:g}")
-    last.set(xlabel="time to first token (ms)", ylabel="share of requests", title="serving: requests that queue wait")
-    last.legend(frameon=False, fontsize=8)
+    last.set(xlabel="time to first token (ms)", ylabel="share of requests", ylim=(0, 1.02))
+    last.set_title("serving: requests that queue wait")
+    last.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (right, below, last):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
