@@ -111,7 +111,8 @@ def _rows(label: str, loader: str, path: str | None = None) -> Iterator[tuple[st
     if column is None:
         raise UserError(f"{label} has the columns {', '.join(rows.column_names)}; one must be named text or content")
     for number, row in enumerate(rows):
-        yield f"{label}:{number}", str(row[column])
+        if row[column] is not None:
+            yield f"{label}:{number}", str(row[column])
 
 
 def _from_hub(dataset: str) -> Any:
@@ -140,10 +141,10 @@ class Corpus:
         """The tokenizer as transformers loads it."""
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(self.folder / "tokenizer.json"), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT,
-            clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+        file = self.folder / "tokenizer.json"
+        known = _read_tokenizer(file).token_to_id(END_OF_TEXT) is not None  # an unknown one would get an id too many
+        special = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT} if known else {}
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False, **special)
 
 
 def prepare(data: str = "stdlib", vocab_size: int = 2048, tokenizer_file: Path | None = None) -> Corpus:
@@ -155,20 +156,24 @@ def prepare(data: str = "stdlib", vocab_size: int = 2048, tokenizer_file: Path |
         tokenizer_file: use this tokenizer.json instead of training one.
 
     Raises:
-        UserError: the source is missing, empty or not text.
+        UserError: the source is missing, empty or not text, or the tokenizer file cannot be read.
     """
     source = find_source(data)
-    made_of = [FORMAT, source.key, vocab_size, tokenizer_file.read_bytes().hex() if tokenizer_file else ""]
+    try:
+        tokenizer_bytes = tokenizer_file.read_bytes() if tokenizer_file else b""
+    except OSError as error:
+        raise UserError(f"cannot read {tokenizer_file} ({error.strerror}); name a tokenizer.json") from None
+    made_of = [FORMAT, source.key, vocab_size, tokenizer_bytes.hex()]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
     folder = cache_dir() / "corpora" / f"{source.name[:40]}-{key}"
     if not (folder / "meta.json").exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_name(folder.name + ".lock")):
+                if not (folder / "meta.json").exists():
+                    _tokenize(source, folder, vocab_size, tokenizer_file)
         except OSError as error:
             raise UserError(f"cannot write the cache {folder.parent} ({error.strerror}); set XDG_CACHE_HOME") from None
-        with _lock(folder.with_name(folder.name + ".lock")):
-            if not (folder / "meta.json").exists():
-                _tokenize(source, folder, vocab_size, tokenizer_file)
     meta = json.loads((folder / "meta.json").read_text())
     train, validation = (np.memmap(folder / f"{n}.bin", dtype=meta["dtype"], mode="r") for n in ("train", "validation"))
     return Corpus(source.name, folder, meta["vocab_size"], train, validation)
@@ -190,18 +195,13 @@ def _lock(path: Path, timeout_s: float = 1800) -> Iterator[None]:
 
 
 def _tokenize(source: Source, folder: Path, vocab_size: int, tokenizer_file: Path | None) -> None:
-    from tokenizers import Tokenizer
-
     log.info("tokenising, once", corpus=source.name, vocab_size=vocab_size)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.partial")  # the caller holds the lock: nobody else uses it
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed in here
     partial.mkdir()
     try:
         splits = _split(list(source.documents()))
-        if tokenizer_file:
-            tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        else:
-            tokenizer = train_tokenizer(splits["train"], vocab_size)
+        tokenizer = _read_tokenizer(tokenizer_file) if tokenizer_file else train_tokenizer(splits["train"], vocab_size)
         tokenizer.save(str(partial / "tokenizer.json"))
         vocab = tokenizer.get_vocab_size()
         end, dtype = tokenizer.token_to_id(END_OF_TEXT), "uint16" if vocab <= 2**16 else "uint32"
@@ -212,9 +212,23 @@ def _tokenize(source: Source, folder: Path, vocab_size: int, tokenizer_file: Pat
                     for encoded in tokenizer.encode_batch(texts[start : start + 256], add_special_tokens=False):
                         np.asarray(encoded.ids + ending, dtype=dtype).tofile(file)
         (partial / "meta.json").write_text(json.dumps({"vocab_size": vocab, "dtype": dtype, "source": source.name}))
+        for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is not a tokenizer ({reason}); it must be a Hugging Face tokenizer.json") from None
 
 
 def _split(documents: list[tuple[str, str]]) -> dict[str, list[str]]:
@@ -256,7 +270,7 @@ class Blocks:
     seq_len: int
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
+        return max(0, len(self.tokens) - 1) // self.seq_len
 
     def batch(self, indices: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [len(indices), seq_len]."""

@@ -10,14 +10,13 @@ missing, and takes the process group down again without hanging, also when this 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -32,6 +31,7 @@ from common.script import UserError, usable_cores
 
 log = get_logger()
 STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
+FAILED = "failed"  # key under which a rank that leaves with an error says so: the others need not wait for it
 NETWORK_HINT = (
     "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
     "(firewall), that all nodes agree on the world size, and the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
@@ -70,25 +70,35 @@ def read_launch(env: dict[str, str] | None = None) -> Launch:
         launcher = "srun"
         # "2(x3),1": tasks per node, in node order
         per_node = _expand_slurm_counts(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
-        local_world = str(per_node[min(int(env.get("SLURM_NODEID", "0")), len(per_node) - 1)])
+        node = _whole_number(env, "SLURM_NODEID", "0")
+        if node >= len(per_node):
+            raise UserError(f"SLURM_NODEID is {node}, but the step has {len(per_node)} nodes; start it with srun")
+        local_world = str(per_node[node])
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
         address = env.get("MASTER_ADDR") or first_slurm_host(nodes)
         # one port a job, the same on all nodes, away from the ports that others on a shared node would pick
-        port = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000)
+        port = env.get("MASTER_PORT") or str(20000 + _whole_number(env, "SLURM_JOB_ID", "0") % 10000)
     else:
         return Launch("python")
-    values = {}
-    for key, name in names.items():
-        text = env.get(name, defaults.get(name, ""))
-        if not text.isdigit():
-            raise UserError(f"{name} is {text!r}, not a number; start the script with torchrun or srun, or unset it")
-        values[key] = int(text)
-    if not local_world.isdigit() or not port.isdigit():
-        raise UserError(f"LOCAL_WORLD_SIZE {local_world!r} or MASTER_PORT {port!r} is not a number; set it right")
+    values = {key: _whole_number(env, name, defaults.get(name, "")) for key, name in names.items()}
+    if not local_world.isdecimal() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"LOCAL_WORLD_SIZE {local_world!r} or MASTER_PORT {port!r} is not such a number; set it right")
     launch = Launch(launcher, local_world_size=int(local_world), address=address, port=int(port), **values)
     if launch.rank >= launch.world_size:
         raise UserError(f"rank {launch.rank} does not exist in a world of {launch.world_size}; ranks start at 0")
+    if not launch.local_rank < launch.local_world_size <= launch.world_size:
+        raise UserError(
+            f"local rank {launch.local_rank} of {launch.local_world_size} on this node does not fit a world of "
+            f"{launch.world_size}; let torchrun or srun set LOCAL_RANK and LOCAL_WORLD_SIZE, or unset them"
+        )
     return launch
+
+
+def _whole_number(env: dict[str, str], name: str, default: str) -> int:
+    text = env.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, not a number; start the script with torchrun or srun, or unset it")
+    return int(text)
 
 
 def _expand_slurm_counts(text: str) -> list[int]:
@@ -103,8 +113,8 @@ def _expand_slurm_counts(text: str) -> list[int]:
 
 def first_slurm_host(nodes: str) -> str:
     """First host of a Slurm node list: gpu[003-007,9],login -> gpu003."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    return nodes if match is None else match[1] + (match[2] or "") + (match[3] or "")
+    match = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0]) if match else nodes
 
 
 @dataclass(frozen=True)
@@ -138,19 +148,23 @@ class Context:
         """Wait for all ranks. Through the store, so that the timeout can name the ranks that did not come.
 
         Raises:
-            UserError: a rank did not arrive within the session's timeout.
+            UserError: a rank did not arrive within the session's timeout, or left the session with an error.
         """
         number = self._calls[label] = self._calls.get(label, 0) + 1
-        _meet(self.store, f"barrier/{label}/{number}", self.launch, "", self.timeout_s, f"the barrier {label!r}")
+        key, what = f"barrier/{label}/{number}", f"the barrier {label!r}"
+        _meet(self.store, key, self.launch, self.timeout_s, what, alarm=FAILED)
 
     def exchange(self, label: str, said: str) -> list[str]:
         """Everybody's word, in rank order. Needs no collective, so it can compare ranks before one that might hang.
 
         Raises:
-            UserError: a rank did not arrive within the session's timeout.
+            UserError: a rank did not arrive within the session's timeout, or left the session with an error.
         """
         number = self._calls[label] = self._calls.get(label, 0) + 1
-        return _meet(self.store, f"exchange/{label}/{number}", self.launch, said, self.timeout_s, repr(label))
+        key = f"exchange/{label}/{number}"
+        self.store.set(f"{key}/said/{self.rank}", said)
+        _meet(self.store, key, self.launch, self.timeout_s, repr(label), alarm=FAILED)
+        return [self.store.get(f"{key}/said/{rank}").decode() for rank in range(self.world_size)]
 
     def mesh(self, **sizes: int) -> DeviceMesh:
         """A named device mesh, outermost dimension first: ctx.mesh(dp=-1, tp=2). One size may be -1.
@@ -229,14 +243,18 @@ def session(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
     store = join(launch, join_timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("torch", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("torch", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"rank {launch.rank} cannot open {backend} ({reason}); {NETWORK_HINT}") from error
     ctx = Context(launch, chosen, backend, store, timeout_s)
     log.info("joined", world_size=launch.world_size, device=chosen, backend=backend, launcher=launch.launcher)
     failed = True
@@ -255,20 +273,20 @@ def join(launch: Launch, timeout_s: float) -> Store:
     """
     if launch.launcher == "python":
         return HashStore()
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts_store = launch.rank == 0 and not agent_has_store
+    hosts_store = launch.rank == 0 and not _agent_has_store()
     where = f"{launch.address}:{launch.port}"
-    if not hosts_store:
-        _await_port(launch, timeout_s)
     try:
-        store: Store = TCPStore(
-            launch.address,
-            launch.port,
-            launch.world_size,
-            is_master=hosts_store,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
+        if (launch.address, launch.port) not in _stores:
+            if not hosts_store:
+                _await_port(launch, timeout_s)
+            _stores[launch.address, launch.port] = TCPStore(
+                "127.0.0.1" if hosts_store else launch.address,  # rank 0 need not find the way to itself
+                launch.port,
+                launch.world_size,
+                is_master=hosts_store,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(
@@ -278,18 +296,35 @@ def join(launch: Launch, timeout_s: float) -> Store:
             f"rank {launch.rank} cannot reach rank 0 at {where} in {timeout_s:g} s; {NETWORK_HINT}"
         ) from error
     # A restarted worker group shares the agent's store with its predecessor: keep their keys apart.
-    store = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_next_session()}", store)
-    if store.add(f"claimed/{launch.rank}", 1) > 1:
-        raise UserError(f"two processes claim rank {launch.rank} at {where}; give each node its own --node-rank")
+    prefix = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_next_session()}"
+    store = PrefixStore(prefix, _stores[launch.address, launch.port])
     store.set_timeout(timedelta(seconds=timeout_s))
-    said = json.dumps({"host": socket.gethostname(), "world_size": launch.world_size})
-    others = _meet(store, "join", launch, said, timeout_s, f"the start at {where}")
-    sizes = {rank: json.loads(text)["world_size"] for rank, text in enumerate(others)}
-    if wrong := {rank: size for rank, size in sizes.items() if size != launch.world_size}:
-        raise UserError(f"this rank was told a world size of {launch.world_size}, others {wrong}; start all alike")
+    try:
+        agreed = store.compare_set("world_size", "", str(launch.world_size)).decode()
+        wrong = ""
+        if agreed != str(launch.world_size):
+            wrong = f"was told a world size of {launch.world_size} on {socket.gethostname()}, others {agreed}"
+        elif store.add(f"claimed/{launch.rank}", 1) > 1:
+            wrong = f"is claimed by two processes at {where}"
+        if wrong:
+            why = f"rank {launch.rank} {wrong}; start all alike, each node with its own --node-rank"
+            store.set("refused", why)  # those that still wait at the start need not
+            raise UserError(why)
+        _meet(store, "join", launch, timeout_s, f"the start at {where}", alarm="refused")
+    except RuntimeError as error:
+        raise UserError(f"rank {launch.rank} lost rank 0 at {where}; look at rank 0's own error") from error
+    except UserError:
+        _let_others_read(store, launch, 2)
+        raise
     return store
 
 
+def _agent_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+# Kept to the end of the process: a second session meets at the same port, where rank 0's first store still listens.
+_stores: dict[tuple[str, int], Store] = {}
 _sessions = 0
 
 
@@ -315,8 +350,8 @@ def _await_port(launch: Launch, timeout_s: float) -> None:
             time.sleep(0.1)
 
 
-def _meet(store: Store, key: str, launch: Launch, said: str, timeout_s: float, what: str) -> list[str]:
-    """Leave a word under `key`, wait for everybody's, and return them in rank order.
+def _meet(store: Store, key: str, launch: Launch, timeout_s: float, what: str, *, alarm: str) -> None:
+    """Leave a word under `key` and wait for everybody's, or for somebody's under `alarm`.
 
     The last to come sets one key that the others poll: store.wait would do, but logs C++ warnings when it times out.
     """
@@ -324,20 +359,23 @@ def _meet(store: Store, key: str, launch: Launch, said: str, timeout_s: float, w
     everyone = f"{key}/everyone"
     deadline, pause = time.monotonic() + timeout_s, 0.001
     try:
-        store.set(keys[launch.rank], said or "here")
+        store.set(keys[launch.rank], "here")
         if store.add(f"{key}/count", 1) == launch.world_size:
             store.set(everyone, "here")
         while not store.check([everyone]):
+            if store.check([alarm]):
+                raise UserError(store.get(alarm).decode())
             if time.monotonic() > deadline:
                 missing = [rank for rank, name in enumerate(keys) if not store.check([name])]
                 came = launch.world_size - len(missing)
-                raise UserError(
+                why = (
                     f"{came} of {launch.world_size} ranks reached {what} in {timeout_s:g} s, missing: rank "
                     f"{compress(missing)}; {NETWORK_HINT if key == 'join' else STUCK_HINT}"
                 )
+                store.set(alarm, why)
+                raise UserError(why)
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-        return [store.get(name).decode() for name in keys] if said else []
     except RuntimeError as error:  # the store's host is gone
         raise UserError(f"rank {launch.rank} lost rank 0 at {what}; look at rank 0's own error") from error
 
@@ -358,18 +396,35 @@ def _leave(ctx: Context, failed: bool) -> None:
     if not dist.is_initialized():
         return
     if failed:
-        # Peers may wait in a collective that this rank will never enter. Closing the connections tells them.
+        # Peers may wait in a collective or a barrier that this rank will never enter. The word and closed connections
+        # tell them.
+        with suppress(RuntimeError):
+            why = f"rank {ctx.rank} left with an error, so that the others wait in vain; look at that rank's own log"
+            ctx.store.compare_set(FAILED, "", why)
         _within(
             5, dist.distributed_c10d._abort_process_group if ctx.device.type == "cuda" else dist.destroy_process_group
         )
+        _let_others_read(ctx.store, ctx.launch, 2)
         return
-    if ctx.launch.launcher != "python" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        # Rank 0 serves the store: it leaves last.
-        ctx.store.set(f"left/{ctx.rank}", "")
-        if ctx.is_main:
-            ctx.store.wait([f"left/{rank}" for rank in range(ctx.world_size)], timedelta(seconds=10))
+    _let_others_read(ctx.store, ctx.launch, ctx.timeout_s)
     if not _within(15, dist.destroy_process_group):
         log.warning("the process group did not close in 15 s; leaving without it")
+
+
+def _let_others_read(store: Store, launch: Launch, timeout_s: float) -> None:
+    """Rank 0 serves the store, unless torchrun's agent does: it waits until the others need it no more."""
+    if launch.launcher == "python" or _agent_has_store():
+        return
+    deadline = time.monotonic() + timeout_s
+    left = [f"left/{rank}" for rank in range(launch.world_size)]
+    with suppress(RuntimeError):  # rank 0 is gone, and this rank needs it no more
+        store.set(left[launch.rank], "")
+        while launch.rank == 0 and not store.check(left):
+            if store.check([FAILED]):
+                deadline = min(deadline, time.monotonic() + 2)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
 
 
 def _within(seconds: float, action: Any) -> bool:

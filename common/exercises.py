@@ -17,6 +17,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def load(chapter: Path) -> list[Exercise]:
         raise UserError(f"{path} has no [[exercise]]; add one, see CONTRIBUTING.md")
     found: list[Exercise] = []
     for entry in entries:
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} has {entry!r} for an exercise; write [[exercise]] tables, see CONTRIBUTING.md")
         exercise = _checked(chapter, path, entry)
         if exercise.id in {other.id for other in found}:
             raise UserError(f"{path}: two exercises have the id {exercise.id}; ids are unique in a chapter")
@@ -94,21 +97,39 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}; see CONTRIBUTING.md")
     if unknown := entry.keys() - REQUIRED - OPTIONAL:
         raise UserError(f"{where} has the unknown field {', '.join(sorted(unknown))}; fields are in CONTRIBUTING.md")
-    kinds: dict[str, type] = {"covers": list, "needs": list, "expect": dict, "gpu_expect": dict}
     for name, value in entry.items():
-        kind = (int, float) if name == "timeout_s" else kinds.get(name, str)
-        if not isinstance(value, kind) or value == "":
-            raise UserError(f"{where}: {name} must be a non-empty {kinds.get(name, str).__name__}, not {value!r}")
+        if name in ("covers", "needs"):
+            kind, right = "list of strings", isinstance(value, list) and all(isinstance(v, str) for v in value)
+        elif name in ("expect", "gpu_expect"):
+            kind, right = "table", isinstance(value, dict)
+        elif name == "timeout_s":
+            kind, right = "positive number", isinstance(value, int | float) and value is not True and value > 0
+        else:
+            kind, right = "non-empty string", isinstance(value, str) and value != ""
+        if not right:
+            raise UserError(f"{where}: {name} must be a {kind}, not {value!r}; see CONTRIBUTING.md")
+        if name in ("run", "smoke", "gpu"):
+            _split_command(f"{where}: {name}", value)
     if not (chapter.parent / entry["script"]).is_file():
         raise UserError(f"{where}: script {entry['script']} does not exist; paths start at the repository's root")
     if not entry["expect"]:
         raise UserError(f"{where} expects nothing; name at least one RESULT field and what it must be")
     for need in entry["needs"]:
-        missing_for(need)
+        try:
+            missing_for(need)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     for name in ("expect", "gpu_expect"):
         for key, wanted in entry.get(name, {}).items():
             parse_expectation(f"{where}: {name}.{key}", wanted)
     return Exercise(chapter=chapter.name, **entry)
+
+
+def _split_command(where: str, command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"{where} is {command!r} ({error}); quote it as a shell would") from None
 
 
 def parse_expectation(where: str, text: object) -> list[tuple[str, Any]]:
@@ -118,27 +139,38 @@ def parse_expectation(where: str, text: object) -> list[tuple[str, Any]]:
         UserError: it cannot be read, or no value can meet it.
     """
     if not isinstance(text, str):
-        raise UserError(f'{where} must be a string such as "> 0.5", not {text!r}')
+        raise UserError(f'{where} is {text!r}; write a string such as "> 0.5"')
     parts: list[tuple[str, Any]] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*", part)
+    decoder, rest = json.JSONDecoder(parse_constant=_not_json), text
+    while not parts or rest:
+        match = re.match(r"\s*(==|!=|<=|>=|<|>)\s*", rest)
         try:
-            value = json.loads(match[2]) if match else None
-        except json.JSONDecodeError:
-            match = None
-        if match is None:
+            value, end = decoder.raw_decode(rest, match.end() if match else 0)
+        except ValueError:
+            match, end = None, 0
+        following = re.match(r"\s*(,(?=.)|$)", rest[end:])
+        if match is None or following is None:
             raise UserError(f'{where} is {text!r}; write a comparison with a JSON value, such as "> 0.5" or "== true"')
-        if match[1] not in ("==", "!=") and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if match[1] not in ("==", "!=") and not _is_number(value):
             raise UserError(f"{where} is {text!r}; only numbers can be ordered")
         parts.append((match[1], value))
+        rest = rest[end + following.end() :]
     if not _can_be_met(parts):
         raise UserError(f"{where} is {text!r}, which no value can meet; correct the bounds")
     return parts
 
 
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _can_be_met(parts: list[tuple[str, Any]]) -> bool:
     """Try every value that could decide it: those named, and one between, below and above each."""
-    numbers = sorted({v for _, v in parts if isinstance(v, int | float) and not isinstance(v, bool)})
+    numbers = sorted({v for _, v in parts if _is_number(v)})
     between = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
     candidates: list[Any] = [v for _, v in parts] + between + ["another value"]
     candidates += [numbers[0] - 1, numbers[-1] + 1] if numbers else []
@@ -146,7 +178,7 @@ def _can_be_met(parts: list[tuple[str, Any]]) -> bool:
 
 
 def _holds(value: Any, comparison: str, wanted: Any) -> bool:
-    if comparison not in ("==", "!=") and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if comparison not in ("==", "!=") and not _is_number(value):
         return False
     if isinstance(value, bool) != isinstance(wanted, bool):  # in Python True == 1; in a RESULT it is not
         return comparison == "!="
@@ -227,7 +259,11 @@ def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="has no gpu command")
     if lacking := [what for need in needs if (what := missing_for(need))]:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="needs " + ", ".join(lacking), command=command)
-    done = process.run(command, timeout_s=exercise.timeout_s)
+    try:
+        done = process.run(command, timeout_s=exercise.timeout_s)
+    except OSError as error:
+        note = f"cannot start it ({error.strerror}: {error.filename})"
+        return Outcome(exercise.chapter, exercise.id, "failed", note=note, command=command)
     note = ""
     if done.timed_out or done.returncode != 0:
         note = done.reason(exercise.timeout_s)
@@ -248,6 +284,8 @@ def select(chapter: str | None, exercise_id: str | None, root: Path = ROOT) -> l
             raise UserError(f"no chapter {chapter}; one of {', '.join(f.name for f in folders)}")
         folders = matching
     found = [exercise for folder in folders for exercise in load(folder)]
+    if not found:
+        raise UserError(f"no exercises in {root}; a chapter lists its own in exercises.toml")
     if exercise_id:
         chosen = [exercise for exercise in found if exercise.id == exercise_id]
         if not chosen:
@@ -311,16 +349,24 @@ def main(argv: list[str] | None = None) -> int:
             if not args.id:
                 raise UserError("run takes a chapter and an exercise id; see `list`")
             command = exercises[0].gpu if args.gpu else exercises[0].run
+            if not command:
+                raise UserError(f"{args.id} has no gpu command; run it without --gpu")
             show = functools.partial(print, flush=True)
             complain = functools.partial(print, file=sys.stderr, flush=True)
-            return process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain).returncode
+            try:
+                return process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain).returncode
+            except OSError as error:
+                raise UserError(f"cannot start {command!r} ({error.strerror}); install what it calls") from None
         outcomes = _smoke_all(exercises, args.gpu)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(args.json) as file:
-                json.dump([asdict(o) for o in outcomes], file, indent=2)
-        if args.junit:
-            write_junit(args.junit, outcomes)
+        try:
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(args.json) as file:
+                    json.dump([asdict(o) for o in outcomes], file, indent=2)
+            if args.junit:
+                write_junit(args.junit, outcomes)
+        except OSError as error:
+            raise UserError(f"cannot write {error.filename} ({error.strerror}); name another file") from None
         return 1 if any(o.status == "failed" for o in outcomes) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

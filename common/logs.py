@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ def env_rank() -> int:
     """This process's global rank as its launcher set it (torchrun, then srun), 0 under plain python."""
     for name in ("RANK", "SLURM_PROCID"):
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if value.isdecimal():
             return int(value)
     return 0
 
@@ -54,10 +55,13 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists():  # what a kill left of a last line would spoil the next one
+            written = path.read_bytes()
+            os.truncate(path, written.rfind(b"\n") + 1)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, **values: object) -> None:
-        self._file.write(json.dumps(values, default=str) + "\n")
+        self._file.write(json.dumps(finite(values), default=str) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -68,6 +72,15 @@ class Metrics:
         """All complete lines; a last line cut short by a kill is left out."""
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -56,8 +57,12 @@ class Finished:
 class Child:
     """A running command whose whole process tree is stopped when the `with` block is left, in whatever way.
 
-    `on_line` is called with each line of stdout, `on_error` with each of stderr, from threads.
+    The tree is known by a variable that all of it inherits: processes whose parent has ended belong to it as well as
+    those in sessions of their own. `on_line` is called with each line of stdout, `on_error` with each of stderr, from
+    threads.
     """
+
+    _count = itertools.count()
 
     def __init__(
         self,
@@ -72,11 +77,12 @@ class Child:
         path = (
             f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this venv's python and torchrun
         )
+        self._mark = f"CHILD_{os.getpid()}_{next(self._count)}"  # its own name: a Child may start others
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             self.command,
             cwd=cwd,
-            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(env or {})},
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(env or {}), self._mark: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -112,45 +118,54 @@ class Child:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             timed_out = True
-            self.stop()
+        self.stop()  # also after a good end: a grandchild that outlives its parent would hold the pipes open
         for reader in self._readers:
-            reader.join(5)  # a grandchild that outlives its parent may hold the pipe open
+            reader.join(5)
         seconds = time.monotonic() - self.started
         out, err = "".join(self.out), "".join(self.err)
         return Finished(self.command, self.process.returncode, out, err, seconds, timed_out)
 
     def tree(self) -> list[psutil.Process]:
-        """The process and all its descendants that live now."""
-        try:
-            parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        """The process and all its descendants that live now, also those that were left behind by their parents."""
+        found: set[psutil.Process] = set()
+        if self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(self.process.pid)
+                found = {parent, *parent.children(recursive=True)}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if self._mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(process)
+        return list(found)
 
     def kill(self) -> None:
         """SIGKILL the whole tree at once, as a power cut or the out-of-memory killer would."""
-        for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        for _ in range(5):  # again, for those that were being born
+            alive = self.tree()
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=5)
         self.process.wait(30)
 
     def stop(self, grace_s: float = 10) -> None:
-        """SIGTERM, then SIGKILL for what is left. By tree: torchrun puts its workers into sessions of their own."""
-        tree = self.tree()
+        """SIGTERM to the process, then to what it left behind, then SIGKILL for what is still there."""
         if self.process.poll() is None:
-            self.process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=grace_s if self.process.poll() is None else 1)
-        for process in {*alive, *self.tree()}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait(30)
+            self.process.terminate()  # torchrun and other parents stop their own children in order
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace_s)
+        if left := self.tree():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            psutil.wait_procs(left, timeout=1)
+        self.kill()
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.stop()
+        self.stop()
 
 
 def run(

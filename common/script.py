@@ -191,13 +191,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _presentable(value: Any) -> Any:
-    """Floats to six significant digits. JSON has no NaN or infinity: they become null."""
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _presentable(v) for k, v in value.items()}
-    return [_presentable(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -209,7 +209,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[], Result]) -> NoReturn:
     """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
     try:
-        result = _presentable(main())
+        result = logs.finite(_rounded(main()))
         if logs.env_rank() == 0:
             if Run.current is not None:
                 Run.current.finish(result)
@@ -228,6 +228,7 @@ def run(main: Callable[[], Result]) -> NoReturn:
 
 
 def _exit_with_line(message: str) -> NoReturn:
-    where = f" [rank {logs.env_rank()}]" if "RANK" in os.environ else ""
+    several = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    where = f" [rank {logs.env_rank()}]" if several else ""
     print(f"error{where}: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)

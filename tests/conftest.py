@@ -1,0 +1,55 @@
+"""Fixtures that the test files share, and an environment in which no test reaches for the network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
+# Before anything imports the libraries that read them once. Child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = str(SCRATCH / "datasets")
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # a test run that was itself started by a launcher is one process, not a rank
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 Python sources of the standard library, 4,000 characters each: enough files to hold whole ones out."""
+    folder = tmp_path_factory.mktemp("texts")
+    sources = (path for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) if path.stat().st_size > 4000)
+    for path, _ in zip(sources, range(60), strict=False):
+        (folder / path.name).write_text(path.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    assert len(list(folder.iterdir())) == 60
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for this test alone. Tests that do not look into the cache share the user's, which is keyed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "modern-distributed-ai"
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache folder for this test run: throw-away corpora that several tests read."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No variable of torchrun or Slurm is set."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+    return monkeypatch
