@@ -30,6 +30,7 @@ from common.logs import get_logger
 from common.script import UserError, usable_cores
 
 log = get_logger()
+STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
 FAILED = "failed"  # key under which a rank that leaves with an error says so: the others need not wait for it
 NETWORK_HINT = (
     "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
@@ -152,6 +153,18 @@ class Context:
         number = self._calls[label] = self._calls.get(label, 0) + 1
         key, what = f"barrier/{label}/{number}", f"the barrier {label!r}"
         _meet(self.store, key, self.launch, self.timeout_s, what, alarm=FAILED)
+
+    def exchange(self, label: str, said: str) -> list[str]:
+        """Everybody's word, in rank order. Needs no collective, so it can compare ranks before one that might hang.
+
+        Raises:
+            UserError: a rank did not arrive within the session's timeout, or left the session with an error.
+        """
+        number = self._calls[label] = self._calls.get(label, 0) + 1
+        key = f"exchange/{label}/{number}"
+        self.store.set(f"{key}/said/{self.rank}", said)
+        _meet(self.store, key, self.launch, self.timeout_s, repr(label), alarm=FAILED)
+        return [self.store.get(f"{key}/said/{rank}").decode() for rank in range(self.world_size)]
 
     def mesh(self, **sizes: int) -> DeviceMesh:
         """A named device mesh, outermost dimension first: ctx.mesh(dp=-1, tp=2). One size may be -1.
@@ -357,7 +370,7 @@ def _meet(store: Store, key: str, launch: Launch, timeout_s: float, what: str, *
                 came = launch.world_size - len(missing)
                 why = (
                     f"{came} of {launch.world_size} ranks reached {what} in {timeout_s:g} s, missing: rank "
-                    f"{compress(missing)}; look at the missing rank's own log first, then {NETWORK_HINT}"
+                    f"{compress(missing)}; {NETWORK_HINT if key == 'join' else STUCK_HINT}"
                 )
                 store.set(alarm, why)
                 raise UserError(why)

@@ -11,6 +11,7 @@ ends with a table: passed, failed, or skipped with what it would need.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import operator
@@ -350,12 +351,12 @@ def main(argv: list[str] | None = None) -> int:
             command = exercises[0].gpu if args.gpu else exercises[0].run
             if not command:
                 raise UserError(f"{args.id} has no gpu command; run it without --gpu")
+            show = functools.partial(print, flush=True)
+            complain = functools.partial(print, file=sys.stderr, flush=True)
             try:
-                done = process.run(command, timeout_s=24 * 3600, on_line=lambda line: print(line, flush=True))
+                return process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain).returncode
             except OSError as error:
                 raise UserError(f"cannot start {command!r} ({error.strerror}); install what it calls") from None
-            print(done.stderr, end="", file=sys.stderr)
-            return done.returncode
         outcomes = _smoke_all(exercises, args.gpu)
         try:
             if args.json:

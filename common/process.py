@@ -58,7 +58,8 @@ class Child:
     """A running command whose whole process tree is stopped when the `with` block is left, in whatever way.
 
     The tree is known by a variable that all of it inherits: processes whose parent has ended belong to it as well as
-    those in sessions of their own. `on_line` is called with each line of stdout, from a thread.
+    those in sessions of their own. `on_line` is called with each line of stdout, `on_error` with each of stderr, from
+    threads.
     """
 
     _count = itertools.count()
@@ -70,6 +71,7 @@ class Child:
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
         on_line: Callable[[str], None] | None = None,
+        on_error: Callable[[str], None] | None = None,
     ) -> None:
         self.command = shlex.split(command) if isinstance(command, str) else [str(part) for part in command]
         path = (
@@ -90,7 +92,10 @@ class Child:
         )
         self.out: list[str] = []
         self.err: list[str] = []
-        self._readers = [self._read(self.process.stdout, self.out, on_line), self._read(self.process.stderr, self.err)]
+        self._readers = [
+            self._read(self.process.stdout, self.out, on_line),
+            self._read(self.process.stderr, self.err, on_error),
+        ]
 
     @staticmethod
     def _read(pipe: IO[str] | None, into: list[str], on_line: Callable[[str], None] | None = None) -> threading.Thread:
@@ -169,7 +174,8 @@ def run(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
+    on_error: Callable[[str], None] | None = None,
 ) -> Finished:
     """Run `command` from the repository's root with this venv first on PATH."""
-    with Child(command, env=env, on_line=on_line) as child:
+    with Child(command, env=env, on_line=on_line, on_error=on_error) as child:
         return child.wait(timeout_s)

@@ -191,6 +191,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")
@@ -200,7 +209,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[], Result]) -> NoReturn:
     """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
     try:
-        result = logs.finite(main())
+        result = logs.finite(_rounded(main()))
         if logs.env_rank() == 0:
             if Run.current is not None:
                 Run.current.finish(result)
