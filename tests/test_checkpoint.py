@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -146,9 +147,9 @@ def test_bigram_loss_by_its_definition(train: np.ndarray, validation: np.ndarray
     for strength in bigram.STRENGTHS:
         table = np.zeros((vocab, vocab))
         for a in range(vocab):
-            pairs = [int(y) for x, y in zip(train[:-1], train[1:], strict=True) if x == a]
+            pairs = [int(y) for x, y in itertools.pairwise(train) if x == a]
             for b in range(vocab):
                 table[a, b] = (pairs.count(b) + strength * unigram[b]) / (len(pairs) + strength)
         assert table.sum(axis=1) == pytest.approx(np.ones(vocab))  # a probability for each context
-        losses.append(-np.mean([np.log(table[a, b]) for a, b in zip(validation[:-1], validation[1:], strict=True)]))
+        losses.append(-np.mean([np.log(table[a, b]) for a, b in itertools.pairwise(validation)]))
     assert bigram.validation_loss(train, validation, vocab) == pytest.approx(min(losses))
