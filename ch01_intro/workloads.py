@@ -1,8 +1,9 @@
 """Training, offline inference and serving on the same model: what each asks of the machine, side by side.
 
-You learn   why training and prefill multiply matrices by many tokens at once (hundreds of FLOPs a byte: compute bound)
-            while decode reads every weight to make one token a sequence (about one FLOP a byte: memory-bandwidth
-            bound); why batching decode is nearly free; what a KV cache saves and holds; how requests that queue wait
+You learn   why training and prefill multiply matrices by many tokens at once (tens to hundreds of FLOPs a byte)
+            and are compute bound, while decode reads every weight to make one token a sequence (one FLOP a byte in 16
+            bits) and is bound by memory bandwidth; why batching decode costs little time; what a KV cache saves and
+            holds; how long requests that queue wait
 Laptop      python ch01_intro/workloads.py
             python ch01_intro/workloads.py --model runs/nano/model      (what train_baseline.py --out runs/nano saved)
             python ch01_intro/workloads.py --preset small --dtype fp32 --batch-size 2 --seq-len 64 --new-tokens 12 \\
