@@ -272,7 +272,8 @@ def plot_timeline(timeline: Timeline, path: Path, title: str) -> None:
     for before, after in itertools.pairwise(timeline.marks):  # ... but for the first optimizer step, which makes them
         inside = (seconds >= before.seconds) & (seconds < after.seconds)
         growth = np.clip(total[inside] - before.allocated, 0, after.optimizer - before.optimizer)
-        moments[inside] += growth
+        moments[inside] += np.maximum.accumulate(growth)  # zero_grad then frees gradients, not moments
+    gradients = np.clip(gradients, 0, total - timeline.weights - moments)
     weights = np.full_like(gradients, timeline.weights)
     rest = np.clip(total - weights - gradients - moments, 0, None)
 

@@ -241,7 +241,8 @@ def draw(axes: Any, works: list[Work], ceilings: Ceilings) -> None:
     for work, color, marker in zip(shown, COLORS, MARKERS, strict=False):
         verdict, _ = classify(work, ceilings)
         label = f"{work.name}: {work.seconds * 1e3:.3g} ms, {verdict.partition(' (')[0]}"
-        axes.plot(work.intensity, work.flops / work.seconds, marker, color=color, markersize=9, label=label)
+        point = (work.intensity, work.flops / work.seconds)  # hollow: two may lie on each other
+        axes.plot(*point, marker, color=color, markersize=9, markerfacecolor="none", markeredgewidth=2, label=label)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs a byte", ylabel="FLOP/s")
     axes.grid(which="major", color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,6 @@ class Step:
     number: int
     loss: torch.Tensor
     lr: float
-    seconds: float
 
 
 def average_gradients(model: nn.Module, world_size: int) -> None:
@@ -80,7 +79,8 @@ def training_steps(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        yield Step(number + 1, loss.detach(), lr, timer.end_step())
+        timer.end_step()
+        yield Step(number + 1, loss.detach(), lr)
 
 
 def mean_over_ranks(steps: list[Step], ctx: dist.Context) -> list[float]:
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
         timer = profiling.StepTimer(ctx.device)
         tokens_a_step = args.batch_size * args.seq_len * ctx.world_size
         pending: list[Step] = []
+        window = time.perf_counter()
         with Progress(args.steps, "training") as progress:
             for step in training_steps(model, optimizer, batches, args, ctx, timer, first):
                 pending.append(step)
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict:
                 means = mean_over_ranks(pending, ctx)
                 if not all(map(math.isfinite, means)):
                     raise script.UserError(f"the loss is {means[-1]} at step {step.number}; lower --lr")
-                rate = tokens_a_step / statistics.median(s.seconds for s in pending)
+                rate = tokens_a_step * len(pending) / (time.perf_counter() - window)
                 progress.update(step.number, f"loss {means[-1]:.3f}  {rate:,.0f} tokens/s")
                 if losses:
                     for done, loss in zip(pending, means, strict=True):
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> dict:
                         checkpoint.save(out / "checkpoints", step.number, state, settings)
                     ctx.barrier("checkpoint")
                     timer.restart()
+                window = time.perf_counter()
 
         memory = profiling.memory(ctx.device)
         phases_ms = timer.median_ms(WARM_UP_STEPS)

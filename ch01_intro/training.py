@@ -72,6 +72,7 @@ def load_corpus(args: argparse.Namespace) -> data.Corpus:
     Raises:
         UserError: the data is not there, or too short for one block of --seq-len.
     """
+    lm.config(args.preset)  # a misspelt name is found before anything is asked of a hub
     if lm.is_preset(args.preset):
         corpus = data.prepare(args.data, lm.TOKENIZER_VOCAB[args.preset])
     else:

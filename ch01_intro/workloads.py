@@ -1,10 +1,13 @@
 """Training, offline inference and serving on the same model: what each asks of the machine, side by side.
 
-You learn   why training and prefill multiply matrices by many tokens at once (hundreds of FLOPs a byte: compute bound)
-            while decode reads every weight to make one token a sequence (about one FLOP a byte: memory-bandwidth
-            bound); why batching decode is nearly free; what a KV cache saves and holds; how requests that queue wait
+You learn   why training and prefill multiply matrices by many tokens at once (tens to hundreds of FLOPs a byte)
+            and are compute bound, while decode reads every weight to make one token a sequence (one FLOP a byte in 16
+            bits) and is bound by memory bandwidth; why batching decode costs little time; what a KV cache saves and
+            holds; how long requests that queue wait
 Laptop      python ch01_intro/workloads.py
             python ch01_intro/workloads.py --model runs/nano/model      (what train_baseline.py --out runs/nano saved)
+            python ch01_intro/workloads.py --preset small --dtype fp32 --batch-size 2 --seq-len 64 --new-tokens 12 \\
+                --requests 4                                            (4 GiB; decode comes near the memory's limit)
 GPU node    python ch01_intro/workloads.py --preset 1b --batch-size 8 --seq-len 1024 --requests 64
 Cluster     srun --ntasks=1 --gpus=1 python ch01_intro/workloads.py --preset 1b
 You see     one table (intensity, memory, latency, throughput) and workloads.png with the roofline; a proof that decode
@@ -18,10 +21,11 @@ intensities, and take a larger preset to see the memory's limit itself.
 from __future__ import annotations
 
 import argparse
+import queue
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +70,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def serve(
     handle: Callable[[torch.Tensor], Generated], prompts: list[torch.Tensor], gaps_s: np.ndarray
 ) -> tuple[list[float], list[float], float]:
-    """Requests arrive over time, one worker takes them in order: the smallest server there is.
+    """Requests arrive over time, one worker (this thread) takes them from a queue in order: the smallest server.
 
-    The executor is a queue and one worker thread. Requests are not batched: one that arrives while another is decoded
-    waits until it is finished. Chapter 6 builds the engine that lets it join the running batch instead.
+    Requests are not batched: one that arrives while another is decoded waits until that is finished. Chapter 6 builds
+    the engine that lets it join the running batch instead.
 
     Returns:
         seconds to the first token of each request, from its arrival on; seconds of each later token; tokens/s overall.
     """
-    answers = []
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        begin = due = time.perf_counter()
-        for prompt, gap in zip(prompts, gaps_s, strict=True):
-            due += gap
-            # The clients do not wait for answers (an open loop): a slow server does not slow the arrivals down.
-            time.sleep(max(0.0, due - time.perf_counter()))
-            answers.append((due, worker.submit(handle, prompt)))
-    done = [(arrived, future.result()) for arrived, future in answers]
+    waiting: queue.SimpleQueue[tuple[float, torch.Tensor]] = queue.SimpleQueue()
+    begin = time.perf_counter()
+
+    def clients() -> None:
+        # They do not wait for answers (an open loop): a slow server does not slow the arrivals down.
+        for prompt, arrival in zip(prompts, begin + np.cumsum(gaps_s), strict=True):
+            time.sleep(max(0.0, arrival - time.perf_counter()))
+            waiting.put((arrival, prompt))
+
+    threading.Thread(target=clients, daemon=True).start()
+    done = []
+    for _ in prompts:
+        arrived, prompt = waiting.get()
+        done.append((arrived, handle(prompt)))
     seconds = max(answer.times[-1] for _, answer in done) - begin
     produced = sum(answer.tokens.numel() for _, answer in done)
     first = [answer.times[0] - arrived for arrived, answer in done]

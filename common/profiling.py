@@ -50,8 +50,8 @@ class StepTimer:
         self._cuda = device.type == "cuda"
         self._open: list[tuple[str, Any, Any]] = []
         self._steps: list[list[tuple[str, Any, Any]]] = []
-        self._walls: list[float] = []
-        self._start = time.perf_counter()
+        self._ends: list[tuple[Any, Any]] = []  # begin and end of each step
+        self._begin = self._mark()
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -66,29 +66,29 @@ class StepTimer:
         yield
         self._open.append((name, begin, self._mark()))
 
-    def end_step(self) -> float:
-        """Close the step; its wall-clock seconds on the host, from the end of the step before."""
-        now = time.perf_counter()
-        wall, self._start = now - self._start, now
-        self._walls.append(wall)
+    def end_step(self) -> None:
+        """Close the step, which began where the one before ended."""
+        end = self._mark()
+        self._ends.append((self._begin, end))
         self._steps.append(self._open)
-        self._open = []
-        return wall
+        self._begin, self._open = end, []
 
     def restart(self) -> None:
-        """Start the next step's clock now: what came since the last step (a save, an evaluation) belongs to none."""
-        self._start = time.perf_counter()
+        """Begin the next step now: what came since the last one (a save, an evaluation) belongs to none."""
+        self._begin = self._mark()
+
+    def _ms(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3)
 
     def rows_ms(self, skip: int = 0) -> list[dict[str, float]]:
         """Milliseconds of each phase and of the whole step, one dict a step, the first `skip` steps left out."""
         if self._cuda:
             torch.cuda.synchronize()
         rows = []
-        for phases, wall in list(zip(self._steps, self._walls, strict=True))[skip:]:
-            row = {"step": wall * 1e3}
+        for phases, (step_begin, step_end) in list(zip(self._steps, self._ends, strict=True))[skip:]:
+            row = {"step": self._ms(step_begin, step_end)}
             for name, begin, end in phases:
-                spent = begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
-                row[name] = row.get(name, 0.0) + spent
+                row[name] = row.get(name, 0.0) + self._ms(begin, end)
             rows.append(row)
         return rows
 
