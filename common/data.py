@@ -100,6 +100,7 @@ def _rows(label: str, loader: str, path: str | None = None) -> Iterator[tuple[st
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file, the error below says
     try:
         rows = datasets.load_dataset(loader, data_files=path, split="train") if path else _from_hub(loader)
     except Exception as error:  # the library raises many kinds; all mean the same here

@@ -58,16 +58,21 @@ def config(name: str, seq_len: int = 1024) -> Any:
             **PRESETS[name], max_position_embeddings=length, rope_theta=10000.0, bos_token_id=0, eos_token_id=0,
             pad_token_id=None, attention_bias=False,
         )  # fmt: skip
-    if not (Path(name).is_dir() or (name.count("/") == 1 and not Path(name).exists() and name[0] not in "./")):
-        raise UserError(
-            f"no model {name!r}; take a preset ({', '.join(PRESETS)}), a folder with config.json or a hub id"
-        )
+    _check_name(name)
     try:
         return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the model config of {name!r} ({_first_line(error)}); check the folder or id"
         ) from None
+
+
+def _check_name(name: str) -> None:
+    """A folder or what can be a hub id: else the hub would be asked for a misspelt path."""
+    if not (Path(name).is_dir() or (name.count("/") == 1 and not Path(name).exists() and name[0] not in "./")):
+        raise UserError(
+            f"no model {name!r}; take a preset ({', '.join(PRESETS)}), a folder with config.json or a hub id"
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -121,9 +126,14 @@ def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a local Hugging Face folder or a hub id."""
+    """The tokenizer of a local Hugging Face folder or a hub id.
+
+    Raises:
+        UserError: nothing of that name, or no tokenizer in it.
+    """
     import transformers
 
+    _check_name(path)
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -353,13 +353,16 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_data_is_one_helpful_line(case: str, tmp_path: Path, own_cache: Path) -> None:
+def test_bad_data_is_one_helpful_line(
+    case: str, tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     make, message = BAD[case]
     path = make(tmp_path / "in") if case != "empty folder" else make((tmp_path / "in").mkdir() or tmp_path / "in")
     with pytest.raises(UserError, match=message) as caught:
         data.prepare(path, VOCAB)
     assert "; " in str(caught.value)  # what; what to do
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # nor do the libraries say more
     corpora = own_cache / "corpora"
     assert not corpora.exists() or all(path.suffix == ".lock" for path in corpora.iterdir())  # nothing half-written
 

@@ -601,8 +601,9 @@ def test_the_hash_sees_one_bit() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "/no/such/folder", "./here", "a/b/c"])
 def test_no_such_model(name: str) -> None:
-    with pytest.raises(UserError, match="nano, small, 1b, 8b"):
-        lm.config(name)
+    for ask in (lm.config, lm.load_tokenizer):
+        with pytest.raises(UserError, match="nano, small, 1b, 8b"):
+            ask(name)
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
