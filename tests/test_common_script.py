@@ -404,14 +404,14 @@ def test_step_timer_sums_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with timer.phase("forward"):  # 2 to 2.25
         pass
-    assert timer.end_step() == 3.0
+    timer.end_step()  # at 3
     with timer.phase("forward"):  # 4 to 4.5
         pass
-    assert timer.end_step() == 2.0  # at 5
+    timer.end_step()  # at 5
     timer.restart()  # at 10
     with timer.phase("backward"):  # 10.5 to 11.5
         pass
-    assert timer.end_step() == 2.0
+    timer.end_step()  # at 12
     assert timer.rows_ms() == [
         {"step": 3000.0, "forward": 750.0}, {"step": 2000.0, "forward": 500.0}, {"step": 2000.0, "backward": 1000.0},
     ]  # fmt: skip
