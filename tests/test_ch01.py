@@ -250,7 +250,7 @@ BAD_INPUT = [  # script, flags ({bad} is the folder above), a word of the error 
     (TRAIN, "--lr nan", "finite", {}),
     (TRAIN, "--no-such-flag", "unrecognized", {}),
     (TRAIN, "--preset giant", "no model 'giant'", {}),
-    (TRAIN, "--preset {bad}/broken-model --data {bad}", "tokenizer.json", {}),
+    (TRAIN, "--preset {bad}/broken-model", "cannot read the model config", {}),
     (TRAIN, "--preset 8b --device cpu --data stdlib --run-dir {bad}/run", "GiB", {}),
     (TRAIN, "--seq-len 4096000", "too few", {}),
     (TRAIN, "--data {bad}/nowhere.txt", "no file or folder", {}),

@@ -41,8 +41,8 @@ def run_step(step: dict[str, Any], folder: Path, places: dict[str, str]) -> Chap
     run_dir = folder / step["id"]
 
     def show(line: str) -> None:
-        # torchrun's note on OMP_NUM_THREADS and the RESULT line are for programs; the report has the figures
-        if not line.startswith(("RESULT ", "W1", "W0")):
+        # torchrun's and the profiler's notes are noise here, and the report has the figures of the RESULT line
+        if not line.startswith(("RESULT ", "W1", "W0", "USDT:")):
             print(f"  {line}", flush=True)
 
     done = process.run(
@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     for number, step in enumerate(steps, 1):
         print(f"\n[{number}/{len(steps)}] {step['title']}\n  $ {step['command'].format(**places)}", flush=True)
         chapters.append(run_step(step, folder, places))
-        facts = ", ".join(f"{words} {json.dumps(value)}" for words, value in chapters[-1].shown.items())
+        shown = {words: value for words, value in chapters[-1].shown.items() if value is not None}
+        facts = ", ".join(f"{words} {json.dumps(value)}" for words, value in shown.items())
         print(f"  {chapters[-1].status} in {chapters[-1].seconds:.0f} s: {chapters[-1].note or facts}", flush=True)
         if chapters[-1].status == "failed":
             break

@@ -76,9 +76,10 @@ def _section(chapter: Chapter) -> str:
         for figure in chapter.figures
     )
     failure = f'<p class="failed">{_text(chapter.note)}</p>' if chapter.note else ""
+    opened = "" if chapter.figures else " open"  # what a step printed is all there is to see where it drew nothing
     return (
         f'<h2 id="{chapter.id}">{_text(chapter.title)}</h2><p>{_text(chapter.says)}</p>{failure}<table>{rows}</table>'
-        f"{pictures}<details><summary>What it printed</summary><pre>$ {_text(chapter.command)}\n{_text(chapter.output)}"
+        f"{pictures}<details{opened}><summary>What it printed</summary><pre>$ {_text(chapter.command)}\n{_text(chapter.output)}"
         "</pre></details>"
     )
 
