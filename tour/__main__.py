@@ -26,9 +26,12 @@ def load_steps(path: Path) -> list[dict[str, Any]]:
     """The steps of a TOML file.
 
     Raises:
-        UserError: a field is missing or unknown.
+        UserError: the file cannot be read, or a field is missing or unknown.
     """
-    steps: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["step"]
+    try:
+        steps: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["step"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise script.UserError(f"cannot read steps from {path} ({error}); it holds [[step]] tables") from None
     for step in steps:
         if wrong := FIELDS ^ step.keys():
             raise script.UserError(f"{path}: step {step.get('id', '?')} lacks or misnames {', '.join(sorted(wrong))}")
@@ -49,16 +52,21 @@ def run_step(step: dict[str, Any], folder: Path, places: dict[str, str]) -> Chap
         [*shlex.split(command), "--run-dir", str(run_dir)], timeout_s=step["timeout_s"], on_line=show, on_error=show
     )
     result = done.result if done.returncode == 0 else None
+    note = done.reason(step["timeout_s"]) if result is None else ""
+    if result is not None:
+        absent = [name for name in step["figures"] if not (run_dir / name).exists()]
+        absent += [name for name in step["show"] if name not in result]
+        note = f"it ran, but gave no {', '.join(absent)}" if absent else ""
     return Chapter(
         id=step["id"],
         title=step["title"],
         says=step["says"],
         command=command,
-        status="failed" if result is None else "passed",
+        status="failed" if note else "passed",
         seconds=done.seconds,
-        output=done.stdout[-20000:] + (done.stderr[-8000:] if result is None else ""),
-        note=done.reason(step["timeout_s"]) if result is None else "",
-        shown={words: result[name] for name, words in step["show"].items() if name in result} if result else {},
+        output=done.stdout[-20000:] + (done.stderr[-8000:] if note else ""),
+        note=note,
+        shown={words: result.get(name) for name, words in step["show"].items()} if result else {},
         figures=[run_dir / name for name in step["figures"] if (run_dir / name).exists()],
     )
 

@@ -79,8 +79,8 @@ def _section(chapter: Chapter) -> str:
     opened = "" if chapter.figures else " open"  # what a step printed is all there is to see where it drew nothing
     return (
         f'<h2 id="{chapter.id}">{_text(chapter.title)}</h2><p>{_text(chapter.says)}</p>{failure}<table>{rows}</table>'
-        f"{pictures}<details{opened}><summary>What it printed</summary><pre>$ {_text(chapter.command)}\n{_text(chapter.output)}"
-        "</pre></details>"
+        f"{pictures}<details{opened}><summary>What it printed</summary><pre>$ {_text(chapter.command)}\n"
+        f"{_text(chapter.output)}</pre></details>"
     )
 
 
