@@ -367,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
                 write_junit(args.junit, outcomes)
         except OSError as error:
             raise UserError(f"cannot write {error.filename} ({error.strerror}); name another file") from None
+        if args.gpu and all(o.status == "skipped" for o in outcomes):
+            raise UserError("no GPU command was run; see the reasons above, and run it on a GPU machine")
         return 1 if any(o.status == "failed" for o in outcomes) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def load(path: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     from safetensors import SafetensorError
 
     config(path)
+    transformers.utils.logging.disable_progress_bar()
     try:
         with torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
@@ -144,18 +145,18 @@ def load_tokenizer(path: str) -> Any:
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Save a Hugging Face folder (config, safetensors, tokenizer); it appears under its name only when complete."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    for left_by_a_kill in (partial, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         folder.rename(old)
-        partial.rename(folder)
-        for file in sorted(old.rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-        old.rmdir()
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def parameter_count(config: Any) -> int:

@@ -329,7 +329,8 @@ def test_smoke_that_passes_or_is_skipped_ends_with_0(house: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert alive("mark-of-orphan") == []  # it ended well, and left a process behind
     gpu = cli(house, "smoke", "ch01", "ok", "--gpu")
-    assert gpu.returncode == 0
+    assert gpu.returncode == 2  # a GPU check that runs nothing has not passed
+    assert "no GPU command was run" in gpu.stderr
     assert "has no gpu command" in gpu.stdout
     assert "0 passed, 0 failed, 1 skipped" in gpu.stdout
 
