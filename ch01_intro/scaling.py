@@ -65,10 +65,9 @@ def draw(runs: list[dict], rows: list[dict], run: script.Run) -> None:
     for row in rows:
         place = {"textcoords": "offset points", "xytext": (6, -14), "fontsize": 9}
         left.annotate(f"{row['speedup']:.2f}× ({row['efficiency']:.0%})", (row["ranks"], row["speedup"]), **place)
-    left.set(
-        xlabel="ranks", ylabel="speed-up", title="Speed-up", xticks=ranks, xlim=(min(ranks) - 0.2, max(ranks) + 0.6)
-    )
-    left.legend(frameon=False)
+    left.set(xlabel="ranks", ylabel="speed-up", title="Speed-up", xticks=ranks, xlim=(0.7, max(ranks) + 0.7))
+    left.set_ylim(0, 1.08 * max(ranks))
+    left.legend(frameon=False, loc="upper left")
     bottom = [0.0] * len(runs)
     colours = ("#8da0cb", "#66c2a5", "#4c9a84", "#fc8d62", "#e5c494")
     for phase, colour in zip(PHASES, colours, strict=True):

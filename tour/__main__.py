@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/tour/TIME)")
     args = parser.parse_args(argv)
     steps = load_steps(args.steps)
-    if args.only:
+    if args.only is not None:
         wanted = args.only.split(",")
         if unknown := set(wanted) - {step["id"] for step in steps}:
             raise script.UserError(
