@@ -13,11 +13,9 @@ help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  make chNN         smoke-run one chapter: $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))"
 
-.venv/.installed: requirements.txt constraints.txt pyproject.toml common/bootstrap.py
+setup:  ## make .venv from exact pins (CPU or CUDA torch by what is here); does nothing when nothing changed
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) common/bootstrap.py
-
-setup: .venv/.installed  ## make .venv from exact pins (CPU or CUDA torch by what is here)
 
 system-deps:  ## install the optional system packages (Debian or Ubuntu, root); without them some things are skipped
 	@common/system-deps.sh

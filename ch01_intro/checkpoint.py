@@ -34,7 +34,8 @@ def save(folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed in here
+    for left in folder.glob(".step-*"):  # by a run that was killed in here
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()
     with (partial / "state.pt").open("wb") as file:
         hashing = _Hashing(file)

@@ -171,7 +171,7 @@ def break_it(fault: str, ctx: dist.Context) -> None:
     agree("all_reduce", x, ctx)
 
 
-def diagnose(repeat_timeout_s: float) -> dict:
+def diagnose() -> dict:
     """Start two ranks a fault, and collect what the healthy rank says and how soon it says it."""
     found = {}
     for fault in FAULTS:
@@ -181,14 +181,26 @@ def diagnose(repeat_timeout_s: float) -> dict:
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if fault == "wrong-address":
             env["MASTER_ADDR"] = "no-such-host.invalid"
-        command = ["python", __file__, "--device", "cpu", "--fault", fault, "--timeout-s", str(repeat_timeout_s)]
+        join_s = "5" if fault == "wrong-address" else "60"
+        command = [
+            "python",
+            __file__,
+            "--device",
+            "cpu",
+            "--fault",
+            fault,
+            "--join-timeout-s",
+            join_s,
+            "--timeout-s",
+            "3",
+        ]
         reporter = 1 if fault == "wrong-address" else 0  # rank 0 opens the port itself, rank 1 must find it
         with (
             Child(command, env={**env, "RANK": "0", "LOCAL_RANK": "0"}) as zero,
             Child(command, env={**env, "RANK": "1", "LOCAL_RANK": "1"}) as one,
         ):
             done = (zero, one)[reporter].wait(120)
-        line = done.reason() if done.timed_out else done.stderr.strip().splitlines()[-1]
+        line = (done.stderr.strip().splitlines() or [done.reason()])[-1]
         print(f"{fault}: exit {done.returncode} after {done.seconds:.1f} s\n    {line}", flush=True)
         name = fault.replace("-", "_")
         found |= {f"{name}_exit": done.returncode, f"{name}_says": line, f"{name}_s": round(done.seconds, 1)}
@@ -223,14 +235,17 @@ def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--sizes-kib", type=sizes, default=[1, 16, 256, 4096], help="message sizes, comma separated")
     parser.add_argument("--repeats", type=script.at_least(1), default=20)
-    parser.add_argument("--timeout-s", type=script.positive, default=60, help="for the start and for each check")
+    parser.add_argument(
+        "--join-timeout-s", type=script.positive, default=60, help="how long to wait for all ranks to start"
+    )
+    parser.add_argument("--timeout-s", type=script.positive, default=60, help="how long a collective may take")
     parser.add_argument("--fault", choices=FAULTS, help="break something on the last rank, and see who says what")
     parser.add_argument("--diagnose", action="store_true", help="run all the faults, two ranks each")
     args = parser.parse_args(argv)
     run = script.start(__file__, args)
     if args.diagnose:
-        return diagnose(min(args.timeout_s, 3))
-    with dist.session(args.device, join_timeout_s=args.timeout_s, timeout_s=args.timeout_s) as ctx:
+        return diagnose()
+    with dist.session(args.device, join_timeout_s=args.join_timeout_s, timeout_s=args.timeout_s) as ctx:
         if args.fault:
             break_it(args.fault, ctx)
             return {}

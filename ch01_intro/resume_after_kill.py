@@ -51,8 +51,10 @@ def losses(out: Path) -> list[dict]:
 def kill_at(step: int, out: Path, args: argparse.Namespace) -> int:
     """Start or resume the run, kill its whole process tree as soon as `step` is done; the last step it had recorded."""
     deadline = time.monotonic() + args.timeout_s
+    path = out / "losses.jsonl"
+    before = path.stat().st_ino if path.exists() else None  # the resumed run begins with a new, cut-back file
     with Child(command(out, args)) as child:
-        while not (rows := losses(out)) or rows[-1]["step"] < step:
+        while not path.exists() or path.stat().st_ino == before or not (rows := losses(out)) or rows[-1]["step"] < step:
             if child.process.poll() is not None:
                 raise script.UserError(f"the run ended before step {step} ({child.wait(5).reason()}); run it by itself")
             if time.monotonic() > deadline:

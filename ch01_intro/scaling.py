@@ -92,14 +92,18 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--timeout-s", type=script.positive, default=900, help="for each run")
     args = parser.parse_args(argv)
     gpus = 0 if args.device == "cpu" else gpu_count()
+    if gpus < 2:  # one GPU cannot be two devices: its cores can
+        gpus, args.device = 0, "cpu"
     devices = gpus or script.usable_cores()
+    kind = "GPUs" if gpus else "cores"
+    if devices < 2:
+        raise script.UserError("this machine has one core and no two GPUs; run it where there is something to scale to")
     args.max_ranks = args.max_ranks or min(devices, 8)
-    if args.max_ranks > devices or devices < 2:
-        kind = "GPUs" if gpus else "cores"
+    if args.max_ranks > devices:
         raise script.UserError(
             f"{args.max_ranks} ranks need as many {kind}, this machine has {devices}; lower --max-ranks"
         )
-    args.threads_a_rank = 1 if not gpus else script.usable_cores() // gpus
+    args.threads_a_rank = max(1, script.usable_cores() // gpus) if gpus else 1
     run = script.start(__file__, args)
 
     counts = sorted({n for n in (1, 2, 4, 8, 16) if n <= args.max_ranks} | {args.max_ranks})

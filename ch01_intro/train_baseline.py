@@ -12,6 +12,7 @@ You see     the loss falling below that of a bigram model fitted to the same tok
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -102,12 +103,18 @@ def main(argv: list[str] | None = None) -> dict:
         blocks = data.Blocks(corpus.train, args.seq_len)
         batches = data.ShardedBatches(blocks, args.batch_size, rank=ctx.rank, world_size=ctx.world_size, seed=args.seed)
         settings, first = training.settings(args, corpus, ctx), 0
+        started = ctx.exchange("start", json.dumps([str(source and source.name), settings], sort_keys=True))
+        if len(set(started)) > 1:
+            raise script.UserError(
+                f"the ranks would start differently: {' and '.join(sorted(set(started)))}; give all nodes the same "
+                "checkpoints, data, Python and flags (a shared folder for --out)"
+            )
         if source:
             first, state = checkpoint.load(source, settings)
             training.restore_state(state, model, optimizer, batches)
             log.info("resumed", checkpoint=source, step=first)
 
-        losses = training.open_losses(out, first) if ctx.is_main else None
+        losses = training.open_losses(out, first, source) if ctx.is_main else None
         profiling.reset_peak_memory(ctx.device)
         timer = profiling.StepTimer(ctx.device)
         tokens_a_step = args.batch_size * args.seq_len * ctx.world_size
@@ -150,9 +157,9 @@ def main(argv: list[str] | None = None) -> dict:
             dtype = training.compute_dtype(args.dtype, ctx.device)
             result |= {
                 "bigram_val_loss": training.bigram_loss(corpus, args),
-                "loss_first": history[0],
-                "loss_last": history[-1],
-                "loss_drop": history[0] - history[-1],
+                "loss_first": history[0] if history else None,
+                "loss_last": history[-1] if history else None,
+                "loss_drop": history[0] - history[-1] if history else None,
                 "steps": args.steps,
                 "resumed_at_step": first,
                 "world_size": ctx.world_size,
@@ -168,7 +175,8 @@ def main(argv: list[str] | None = None) -> dict:
                 "memory_source": memory.source,
                 **{f"{name}_ms": value for name, value in phases_ms.items()},
             }
-            training.plot_losses(history, result, run.path("loss.png"))
+            if history:
+                training.plot_losses(history, result, run.path("loss.png"))
             finish(model, corpus.tokenizer(), args, out)
         ctx.barrier("report written")
     return result

@@ -43,9 +43,7 @@ def training_parser(doc: str | None) -> argparse.ArgumentParser:
         "--dtype", choices=("auto", *DTYPES), default="auto", help="of the matrix products; weights fp32"
     )
     group.add_argument("--val-tokens", type=at_least(1), default=32768, help="tokens of held-out text to evaluate on")
-    group.add_argument(
-        "--out", type=Path, help="folder for checkpoints and the trained model (default: the run folder)"
-    )
+    group.add_argument("--out", type=Path, help="keep checkpoints and the trained model there (default: keep neither)")
     group.add_argument(
         "--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: at the end only"
     )
@@ -62,7 +60,7 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     if choice != "auto":
         return DTYPES[choice]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
@@ -82,8 +80,12 @@ def load_corpus(args: argparse.Namespace) -> data.Corpus:
         if not file.exists():
             tokenizer = lm.load_tokenizer(args.preset)
             file = data.cache_dir() / "tokenizers" / args.preset.replace("/", "--") / "tokenizer.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tokenizer.backend_tokenizer.save(str(file))
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(file) as opened:
+                    opened.write(tokenizer.backend_tokenizer.to_str())
+            except OSError as error:
+                raise UserError(f"cannot write {file} ({error.strerror}); set XDG_CACHE_HOME") from None
         corpus = data.prepare(args.data, tokenizer_file=file)
     for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) <= args.seq_len:
@@ -230,6 +232,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     Raises:
         UserError: --out holds checkpoints and --resume was not given, so that they would be mixed or overwritten.
     """
+    if args.save_every and args.out is None:
+        raise UserError("--save-every needs a place for its checkpoints; pass --out DIR")
     if args.resume == "auto":
         if args.out is None:
             raise UserError("--resume auto looks for checkpoints in --out; pass --out DIR")
@@ -242,14 +246,18 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def open_losses(folder: Path, step: int) -> Metrics:
-    """losses.jsonl in `folder`, cut back to `step`: what a killed run wrote after its last checkpoint comes again."""
+def open_losses(folder: Path, step: int, source: Path | None = None) -> Metrics:
+    """losses.jsonl in `folder`, cut back to `step`: what a killed run wrote after its last checkpoint comes again.
+
+    A run that goes on in a new folder takes along what stands beside the checkpoint `source`.
+    """
     path = folder / "losses.jsonl"
+    history = path if path.exists() or source is None else source.parent.parent / "losses.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); pass another --out") from None
-    kept = [row for row in Metrics.read(path) if row["step"] <= step] if path.exists() and step else []
+    kept = [row for row in Metrics.read(history) if row["step"] <= step] if history.exists() and step else []
     with atomic_write(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)
     return Metrics(path)

@@ -36,11 +36,15 @@ def nvidia_driver_present() -> bool:
 
 def find_uv() -> Path:
     """The pinned uv, installed into the cache folder on first use."""
-    home = cache_dir() / "tools" / f"uv-{UV_VERSION}"
+    home = cache_dir() / "tools" / f"uv-{UV_VERSION}-{platform.system()}-{platform.machine()}"
     uv = home / "bin" / "uv"
     if uv.exists():
         return uv
     partial = home.with_name(f"{home.name}.{os.getpid()}")
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write the cache {home.parent} ({error.strerror}); set XDG_CACHE_HOME")
     with_pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial), f"uv=={UV_VERSION}"]
     if subprocess.run(with_pip, stderr=subprocess.DEVNULL, check=False).returncode != 0:
         # No pip beside this Python, or one too old: a venv brings its own.
@@ -72,7 +76,7 @@ def torch_source() -> list[str]:
 
 
 def fingerprint(flags: list[str]) -> str:
-    digest = hashlib.sha256("\n".join([*flags, sys.version, str(ROOT)]).encode())
+    digest = hashlib.sha256("\n".join(flags).encode())
     for name in INPUTS:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
@@ -84,18 +88,19 @@ def main() -> None:
     flags = torch_source()
     target, stamp = ROOT / ".venv", ROOT / ".venv" / ".installed"
     wanted = fingerprint(flags)
-    if stamp.exists() and stamp.read_text() == wanted:
-        stamp.touch()
+    made_for = f"{ROOT} {sys.version}"
+    installed = stamp.read_text().split("\n") if stamp.exists() else []
+    if installed == [wanted, made_for]:
         return
     uv = str(find_uv())
     print(f"setting up {target.name} ({'CUDA' if nvidia_driver_present() else 'CPU'} torch)", flush=True)
-    if not (target / "bin" / "python").exists():
+    if installed[1:] != [made_for] or not (target / "bin" / "python").exists():
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
     install = [uv, "pip", "install", "--quiet", "--python", str(target / "bin" / "python")]
     install += ["-r", "requirements.txt", "-c", "constraints.txt", "--editable", ".", *flags]
     if subprocess.run(install, cwd=ROOT, check=False).returncode != 0:
         fail("the packages could not be installed; uv says why above (no network? then set PIP_FIND_LINKS)")
-    stamp.write_text(wanted)
+    stamp.write_text(f"{wanted}\n{made_for}")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,15 @@ def read_launch(env: dict[str, str] | None = None) -> Launch:
     env = dict(os.environ) if env is None else env
     if "RANK" in env or "WORLD_SIZE" in env:
         names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
-        defaults = {"LOCAL_RANK": env.get("RANK", "0")}
         launcher = "torchrun"
-        local_world = env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))
         address, port = env.get("MASTER_ADDR", "127.0.0.1"), env.get("MASTER_PORT", "29500")
+        # Started by hand or by an operator that sets the global variables only: on one host all ranks are local ones,
+        # with a master elsewhere there is one a node.
+        one_host = address in ("127.0.0.1", "localhost", "::1")
+        defaults = {"LOCAL_RANK": env.get("RANK", "0") if one_host else "0"}
+        local_world = env.get(
+            "LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1") if one_host or "LOCAL_RANK" in env else "1"
+        )
     elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun for its tasks, and not in a batch script itself
         names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
         defaults = {}
@@ -205,7 +210,9 @@ def pick_device(choice: str, launch: Launch) -> torch.device:
     if launch.launcher == "srun" and count == 1:
         return torch.device("cuda", 0)  # --gpus-per-task=1 shows each task its own GPU only
     if launch.local_rank >= count:
-        raise UserError(f"{launch.local_world_size} processes on this node but {count} GPUs; start one a GPU")
+        raise UserError(
+            f"{launch.local_world_size} processes on this node but {count} GPUs; start one a GPU, or pass --device cpu"
+        )
     return torch.device("cuda", launch.local_rank)
 
 
@@ -342,7 +349,8 @@ def _await_port(launch: Launch, timeout_s: float) -> None:
             socket.create_connection((launch.address, launch.port), timeout=timeout_s).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline - 0.2 or isinstance(error, socket.gaierror):
+            # a name that is not known yet may become so: the DNS entry of a pod appears after the pod
+            if time.monotonic() > deadline - 0.2:
                 where = f"{launch.address}:{launch.port}"
                 raise UserError(
                     f"rank {launch.rank} cannot reach rank 0 at {where} in {timeout_s:g} s ({error}); {NETWORK_HINT}"

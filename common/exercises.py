@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -30,7 +29,7 @@ from typing import Any
 
 from common import process
 from common.bootstrap import cache_dir
-from common.script import UserError, atomic_write, usable_cores
+from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
@@ -197,12 +196,8 @@ def unmet(expect: dict[str, str], result: dict[str, Any]) -> list[str]:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs here, counted without starting CUDA."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    """NVIDIA GPUs that may be used here."""
+    return len(gpu_names())
 
 
 PROGRAMS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,14 @@ def config(name: str, seq_len: int = 1024) -> Any:
         )  # fmt: skip
     _check_name(name)
     try:
-        return transformers.AutoConfig.from_pretrained(name)
+        found = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the model config of {name!r} ({_first_line(error)}); check the folder or id"
         ) from None
+    if lacking := [n for n in ("num_key_value_heads", "intermediate_size", "hidden_size") if not hasattr(found, n)]:
+        raise UserError(f"{name!r} is not a Llama-style decoder (its config has no {lacking[0]}); take one that is")
+    return found
 
 
 def _check_name(name: str) -> None:
@@ -153,6 +157,10 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
+    for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

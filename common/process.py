@@ -145,8 +145,13 @@ class Child:
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            self.process.wait(30)  # before psutil does: it would take the exit status away
+            # Before psutil does: it would take the exit status away. An interrupt inside Popen.wait can leave its lock
+            # held, so that it never returns again: the process is gone all the same, and nobody asks for its status.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
             psutil.wait_procs(alive, timeout=5)
+            if not alive:
+                break
 
     def stop(self, grace_s: float = 10) -> None:
         """SIGTERM to the process, then to what it left behind, then SIGKILL for what is still there."""

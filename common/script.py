@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import functools
 import json
 import math
 import os
@@ -160,11 +162,20 @@ def hardware() -> Result:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = []
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": model, "cores": usable_cores(), "memory_gib": round(memory, 1), "gpus": gpus}
+    return {"cpu": model, "cores": usable_cores(), "memory_gib": round(memory, 1), "gpus": gpu_names()}
+
+
+@functools.cache
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs that this process may use, asked of nvidia-smi: no torch and no CUDA context."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    names = [line.strip() for line in listed.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
 
 
 def usable_cores() -> int:
@@ -219,6 +230,10 @@ def run(main: Callable[[], Result]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _exit_with_line(f"the disk is full ({error.filename or 'while writing'}); make room, or write elsewhere")
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

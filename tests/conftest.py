@@ -14,6 +14,8 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
 # Before anything imports the libraries that read them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = str(SCRATCH / "datasets")
+if os.environ.get("TEST_ON_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test` proves things on the CPU, also where there is a GPU
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a test run that was itself started by a launcher is one process, not a rank
 

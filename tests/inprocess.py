@@ -5,7 +5,6 @@ The child is a real process with its own stdout, stderr and exit code, and may b
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import sys
@@ -15,11 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common.process import ROOT, Finished
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "ch01_intro.training", "matplotlib.pyplot", "datasets"]
-)
+from tests.spawn import forkserver
 
 
 def _child(
@@ -54,7 +49,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
         arguments = (script, [str(a) for a in argv], {"OMP_NUM_THREADS": "1", **(env or {})}, out, err, before)
-        process = _server.Process(target=_child, args=arguments)
+        process = forkserver.Process(target=_child, args=arguments)
         process.start()
         process.join(timeout_s)
         timed_out = process.is_alive()

@@ -28,7 +28,18 @@ from typing import Any
 from common import process
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["common.dist", "common.lm", "common.data", "torch.distributed.tensor"])
+# The list is the whole process's: one for all tests.
+forkserver.set_forkserver_preload(
+    [
+        "common.dist",
+        "common.lm",
+        "ch01_intro.training",
+        "torch.distributed.tensor",
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.pyplot",
+        "datasets",
+    ]
+)
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
 

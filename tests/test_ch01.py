@@ -140,6 +140,16 @@ def test_resume_from_an_older_checkpoint_rewrites_the_later_ones(tmp_path: Path)
     assert again.result["weights_sha256"] == first.result["weights_sha256"]
 
 
+def test_a_finished_run_taken_up_in_a_new_folder_takes_its_losses_along(tmp_path: Path) -> None:
+    first = run_script(TRAIN, [*TINY, "--out", tmp_path / "a", "--run-dir", tmp_path / "run"])
+    assert first.result is not None, first.stderr
+    source = tmp_path / "a" / "checkpoints" / "step-00000009"
+    again = run_script(TRAIN, [*TINY, "--out", tmp_path / "b", "--resume", source, "--run-dir", tmp_path / "run"])
+    assert again.result is not None, again.stderr
+    assert again.result["weights_sha256"] == first.result["weights_sha256"]
+    assert Metrics.read(tmp_path / "b" / "losses.jsonl") == Metrics.read(tmp_path / "a" / "losses.jsonl")
+
+
 # --- two ranks ------------------------------------------------------------------------------------------------------
 
 PARITY = """
@@ -261,6 +271,7 @@ BAD_INPUT = [  # script, flags ({bad} is the folder above), a word of the error 
     (TRAIN, "--data {bad}/table", "columns", {}),
     (TRAIN, "--data {bad}/not-json", "cannot load", {}),
     (TRAIN, "--resume auto", "--out", {}),
+    (TRAIN, "--save-every 3", "--out", {}),
     (TRAIN, "--out {bad}/used", "already holds checkpoints", {}),
     (TRAIN, "--out {bad}/used --resume auto", "made with", {}),
     (TRAIN, "--out {bad}/new --resume {bad}/nothing", "no checkpoint", {}),
@@ -275,7 +286,7 @@ BAD_INPUT = [  # script, flags ({bad} is the folder above), a word of the error 
     (GENERATE, "--model {bad}/weights-only", "tokenizer", {}),
     (GENERATE, "--model {bad}/truncated-model", "cannot load", {}),
     (COLLECTIVES, "--sizes-kib 1,zero", "whole number", {}),
-    (COLLECTIVES, "--timeout-s 2", "missing: rank 1", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29731"}),
+    (COLLECTIVES, "--join-timeout-s 2", "missing: rank 1", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29731"}),
     (SCALING, "--max-ranks 1000 --device cpu", "cores", {}),
     (RESUME, "--steps 5 --kills 4", "no room", {}),
 ]

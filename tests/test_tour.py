@@ -29,11 +29,13 @@ print("RESULT " + json.dumps({{"speed": 12.5, "nothing": None}}))
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-def steps_file(folder: Path, *commands: str, figures: str = '["dot.png"]', show: str = '{ speed = "km/h" }') -> Path:
+def steps_file(
+    folder: Path, *commands: str, figures: str = '["dot.png"]', show: str = '{ speed = "km/h" }', expect: str = "{}"
+) -> Path:
     (folder / "draw.py").write_text(DRAW.format(dot=DOT))
     blocks = [
         f'[[step]]\nid = "s{i}"\ntitle = "Step {i} & more"\ncommand = "{command}"\nsays = "words"\n'
-        f"figures = {figures}\nshow = {show}\ntimeout_s = 60\n"
+        f"figures = {figures}\nshow = {show}\nexpect = {expect}\ntimeout_s = 60\n"
         for i, command in enumerate(commands)
     ]
     path = folder / "steps.toml"
@@ -75,6 +77,12 @@ def test_a_step_that_does_not_give_what_it_should_has_failed(tmp_path: Path, wro
     assert "gave no other" in done.stdout
 
 
+def test_a_result_that_is_not_as_expected_has_failed(tmp_path: Path) -> None:
+    done = tour(steps_file(tmp_path, f"python {tmp_path}/draw.py", expect='{ speed = "> 20" }'), tmp_path / "out")
+    assert done.returncode == 1
+    assert "speed is 12.5, expected > 20" in (tmp_path / "out" / "report.html").read_text().replace("&gt;", ">")
+
+
 def test_bad_lists_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[[step")
     (tmp_path / "b.toml").write_text('[[step]]\nid = "x"\n')
@@ -104,8 +112,10 @@ def test_interrupt_stops_all_that_was_started(tmp_path: Path, number: signal.Sig
                 break
         family = [psutil.Process(pid) for pid in ranks] + psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
-        assert process.wait(60) == 130
-        guard.cancel()
+        try:
+            assert process.wait(60) == 130, process.stderr.read() if process.stderr else ""
+        finally:
+            guard.cancel()
     assert len(ranks) == 2
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive

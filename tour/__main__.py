@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import signal
 import sys
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common import process, script
-from common.exercises import gpu_count
+from common.exercises import gpu_count, unmet
 from tour.report import Chapter, write
 
-FIELDS = {"id", "title", "command", "says", "figures", "show", "timeout_s"}
+FIELDS = {"id", "title", "command", "says", "figures", "show", "expect", "timeout_s"}
+# torchrun's and the profiler's notes are noise here, and the report has the figures of the RESULT line
+NOISE = re.compile(r"RESULT |[WI]\d{4} \d\d:|USDT:")
 
 
 def load_steps(path: Path) -> list[dict[str, Any]]:
@@ -44,8 +47,7 @@ def run_step(step: dict[str, Any], folder: Path, places: dict[str, str]) -> Chap
     run_dir = folder / step["id"]
 
     def show(line: str) -> None:
-        # torchrun's and the profiler's notes are noise here, and the report has the figures of the RESULT line
-        if not line.startswith(("RESULT ", "W1", "W0", "USDT:")):
+        if not NOISE.match(line):
             print(f"  {line}", flush=True)
 
     done = process.run(
@@ -56,7 +58,7 @@ def run_step(step: dict[str, Any], folder: Path, places: dict[str, str]) -> Chap
     if result is not None:
         absent = [name for name in step["figures"] if not (run_dir / name).exists()]
         absent += [name for name in step["show"] if name not in result]
-        note = f"it ran, but gave no {', '.join(absent)}" if absent else ""
+        note = f"it ran, but gave no {', '.join(absent)}" if absent else "; ".join(unmet(step["expect"], result))
     return Chapter(
         id=step["id"],
         title=step["title"],
@@ -86,10 +88,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         steps = [step for step in steps if step["id"] in wanted]
     folder = (args.out or process.ROOT / "runs" / "tour" / time.strftime("%Y%m%d-%H%M%S")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    places = {"tour": str(folder), "two_ranks": "cpu" if gpu_count() == 1 else "auto"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise script.UserError(f"cannot write to {folder} ({error.strerror}); pass another --out") from None
+    places = {"tour": shlex.quote(str(folder)), "two_ranks": "cpu" if gpu_count() == 1 else "auto"}
 
-    print(f"The tour has {len(steps)} steps and takes about five minutes on two cores. Ctrl-C stops it.", flush=True)
+    print(f"The tour has {len(steps)} steps and takes under five minutes on two cores. Ctrl-C stops it.", flush=True)
     chapters: list[Chapter] = []
     for number, step in enumerate(steps, 1):
         print(f"\n[{number}/{len(steps)}] {step['title']}\n  $ {step['command'].format(**places)}", flush=True)
@@ -112,7 +117,8 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        signal.signal(number, _interrupt)
     try:
         sys.exit(main())
     except script.UserError as error:
