@@ -69,7 +69,8 @@ def torch_source() -> list[str]:
     flags = [f"--find-links={link}" for link in links]
     if nvidia_driver_present():
         return [*flags, "--torch-backend=auto"]
-    local_cpu_build = any(Path(link).is_dir() and any(Path(link).glob("torch-*+cpu*.whl")) for link in links)
+    wheel = f"torch-*+cpu-cp{sys.version_info.major}{sys.version_info.minor}-*.whl"
+    local_cpu_build = any(Path(link).is_dir() and any(Path(link).glob(wheel)) for link in links)
     if local_cpu_build or platform.system() != "Linux":
         return flags
     return [*flags, "--torch-backend=cpu"]
