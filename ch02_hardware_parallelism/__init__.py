@@ -1,0 +1,1 @@
+"""Chapter 2: hardware, networks, and every parallelism strategy from scratch."""
