@@ -1,0 +1,323 @@
+"""The parity harness: does a strategy compute the same gradients as one process? To ten digits, not by its loss curve.
+
+    outcomes = check(["data-parallel", MyStrategy], [Case(ranks=2, accumulation=4, tied=True)])
+    assert all(outcome.ok for outcome in outcomes), table(outcomes)
+
+One process computes the reference: the whole batch, one backward, SGD with momentum, two steps. Then N ranks compute
+the same by the strategy. Compared are the loss, the gradient of every parameter on every rank that holds it, the
+global gradient norm as the strategy itself would clip by, and all weights after the last update, so that the second
+gradient also depends on the first update.
+
+A later chapter subclasses Strategy, and Problem where it has another model, and calls `check`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ch02_hardware_parallelism import model as models
+from ch02_hardware_parallelism.comm import Comm
+from ch02_hardware_parallelism.strategy import Batch, Strategy, token_count, trainable
+from common import dist, ranks
+from common.script import UserError
+
+STRATEGIES = {
+    "data-parallel": "data_parallel:DataParallel",
+}
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting to compare in. frozen and uneven are the two that hand-made loops forget."""
+
+    ranks: int = 2
+    accumulation: int = 1
+    dtype: str = "float64"
+    tied: bool = True
+    frozen: bool = False  # some parameters get no gradient
+    uneven: bool = False  # the last micro-batch is smaller and does not divide by the ranks
+    by_hand: bool = True  # collectives from send and receive; False: the library's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a strategy did in a case: errors relative to the reference, the largest over steps, ranks and parameters."""
+
+    strategy: str
+    case: Case
+    skipped: str = ""  # why the case does not apply
+    loss_error: float = 0.0
+    gradient_error: float = 0.0
+    norm_error: float = 0.0
+    weight_error: float = 0.0
+    worst: str = ""  # the parameter with the largest gradient error
+    wrong: tuple[str, ...] = ()  # all with too large a one
+    missing: tuple[str, ...] = ()  # parameters whose gradient no rank has
+    factors: dict[str, float] = field(default_factory=dict)  # of the wrong ones: how many times the reference, if so
+    wire_bytes: int = 0  # payload sent by all ranks by hand, a step
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.case.dtype]
+
+    @property
+    def failures(self) -> list[str]:
+        """Which comparisons failed. NaN fails."""
+        errors = {"loss": self.loss_error, "gradient": self.gradient_error, "norm": self.norm_error,
+                  "weight": self.weight_error}  # fmt: skip
+        return [name for name, error in errors.items() if not error <= self.tolerance] + ["missing"] * bool(
+            self.missing
+        )
+
+    @property
+    def ok(self) -> bool:
+        return not self.skipped and not self.failures
+
+    def diagnosis(self) -> str:
+        """What is wrong, in words: which parameters, and by what factor if it is one."""
+        if self.skipped or self.ok:
+            return self.skipped
+        parts = []
+        if self.missing:
+            parts.append(f"no gradient for {_some(self.missing)}")
+        if self.wrong:
+            factors = {round(f, 4) for f in self.factors.values()}
+            how = (
+                f"{factors.pop():g} times too large"
+                if len(factors) == 1 and len(self.factors) == len(self.wrong)
+                else "wrong"
+            )
+            parts.append(f"gradient of {_some(self.wrong)} {how}")
+        parts += [f"{name} off by {error:.1e}" for name, error in
+                  (("loss", self.loss_error), ("grad-norm", self.norm_error), ("weights", self.weight_error))
+                  if not error <= self.tolerance]  # fmt: skip
+        return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]}, ...)"
+
+
+class Problem:
+    """The model and the data to compare on. Subclass it to check strategies on another model."""
+
+    shape = models.Shape()
+    sequences = 12  # a micro-batch; an uneven last one has 7
+    frozen_names = ("blocks.1.mlp.up.weight", "blocks.2.norm1.bias", "embedding.position.weight")
+
+    def build(self, case: Case) -> nn.Module:
+        """The same weights on every call, in the case's dtype, with the case's parameters frozen."""
+        model = models.build(replace(self.shape, tied=case.tied), dtype=getattr(torch, case.dtype))
+        if case.frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = name not in self.frozen_names
+        return model
+
+    def loss_sum(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return models.loss_sum(model(inputs), targets)
+
+    def steps(self, case: Case) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, those of the whole job."""
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            step = []
+            for number in range(case.accumulation):
+                short = case.uneven and number == case.accumulation - 1
+                size = 7 if short else self.sequences
+                tokens = torch.randint(self.shape.vocab, (size, self.shape.context + 1), generator=generator)
+                step.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+            yield step
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process computes: per step the loss, the gradients and their norm; in the end the weights."""
+
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    weights: dict[str, torch.Tensor]
+
+
+def reference(problem: Problem, case: Case, device: torch.device) -> Reference:
+    model = problem.build(case).to(device)
+    optimizer = problem.make_optimizer(p for _, p in trainable(model))
+    losses, gradients = [], []
+    for micro_batches in problem.steps(case):
+        inputs, targets = (torch.cat(parts).to(device) for parts in zip(*micro_batches, strict=True))
+        loss = problem.loss_sum(model, inputs, targets) / token_count(micro_batches)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in trainable(model)})
+        optimizer.step()
+        optimizer.zero_grad()
+    return Reference(losses, gradients, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def resolve(strategy: str | type[Strategy]) -> tuple[str, Callable[..., Strategy]]:
+    """Name and class of a strategy given by its name here, or as a class.
+
+    Raises:
+        UserError: no strategy of that name.
+    """
+    if not isinstance(strategy, str):
+        return strategy.__name__, strategy
+    if strategy not in STRATEGIES:
+        raise UserError(f"no strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
+    module, name = STRATEGIES[strategy].split(":")
+    return strategy, getattr(importlib.import_module(f"ch02_hardware_parallelism.{module}"), name)
+
+
+def check_here(
+    strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem, ctx: dist.Context
+) -> list[Outcome]:
+    """Compare on the ranks that are here, one call a rank. The outcomes are those of all ranks, on every rank."""
+    outcomes = []
+    for case in cases:
+        wanted = reference(problem, case, ctx.device)
+        for strategy in strategies:
+            name, make = resolve(strategy)
+            model = problem.build(case).to(ctx.device)
+            if reason := make.why_not(model, case.ranks):  # type: ignore[attr-defined]
+                outcomes.append(Outcome(name, case, skipped=reason))
+                continue
+            mine = _compare(name, make, model, case, wanted, problem, ctx)
+            parts: list[Outcome | None] = [None] * ctx.world_size
+            torch.distributed.all_gather_object(parts, mine)
+            outcomes.append(_merge([part for part in parts if part], set(wanted.gradients[0])))
+    return outcomes
+
+
+def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: dist.Context) -> Outcome:
+    comm = Comm(by_hand=case.by_hand)
+    strategy = make(model, comm, problem.make_optimizer)
+    losses, norms, gradients = [], [], {}
+    wrong, factors, seen = {}, {}, set()
+    before = comm.total_sent_bytes()
+    sent = 0
+    for number, micro_batches in enumerate(problem.steps(case)):
+        micro_batches = [(x.to(ctx.device), y.to(ctx.device)) for x, y in micro_batches]
+        before = comm.total_sent_bytes()
+        loss = strategy.backward(micro_batches)
+        during = comm.total_sent_bytes() - before
+        target = wanted.gradients[number]
+        losses.append(_error(loss.item(), wanted.losses[number]))
+        norm = torch.stack([g.square().sum() for g in target.values()]).sum().sqrt()
+        norms.append(_error(strategy.grad_norm().item(), norm.item()))
+        # The gradient of a key's bias is zero but for rounding: relative to itself it would be noise.
+        floor = (norm / sum(g.numel() for g in target.values()) ** 0.5).item()
+        for parameter, gradient in strategy.gradients().items():
+            seen.add(parameter)
+            if parameter not in target or gradient.shape != target[parameter].shape:
+                wrong[parameter] = float("inf")
+                continue
+            error = _distance(gradient, target[parameter], floor)
+            gradients[parameter] = max(gradients.get(parameter, 0.0), error)
+            if not error <= TOLERANCE[case.dtype]:
+                wrong[parameter] = error
+                if (factor := _factor(gradient, target[parameter])) is not None and number == 0:
+                    factors[parameter] = factor
+        before = comm.total_sent_bytes()
+        strategy.update()
+        sent = during + comm.total_sent_bytes() - before
+    weights = max((_distance(w, wanted.weights[p], 1e-3) for p, w in strategy.weights().items()), default=0.0)
+    strategy.close()
+    worst = max(gradients, key=gradients.__getitem__, default="")
+    return Outcome(
+        name, case, loss_error=_worst(losses), gradient_error=_worst([*gradients.values(), *wrong.values()]),
+        norm_error=_worst(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
+        missing=tuple(sorted(seen)), wire_bytes=sent,
+    )  # fmt: skip
+
+
+def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
+    """One outcome from those of the ranks. `missing` of each rank lists what it saw."""
+    worst = max(parts, key=lambda part: part.gradient_error if part.gradient_error == part.gradient_error else 9e99)
+    seen = set().union(*(part.missing for part in parts))
+    return replace(
+        worst,
+        loss_error=_worst([p.loss_error for p in parts]),
+        gradient_error=_worst([p.gradient_error for p in parts]),
+        norm_error=_worst([p.norm_error for p in parts]),
+        weight_error=_worst([p.weight_error for p in parts]),
+        wrong=tuple(dict.fromkeys(itertools.chain(*(part.wrong for part in parts)))),
+        factors={name: f for part in parts for name, f in part.factors.items()},
+        missing=tuple(sorted(names - seen)),
+        wire_bytes=sum(part.wire_bytes for part in parts),
+    )
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest, and NaN if there is one."""
+    errors = list(errors)
+    return next((e for e in errors if e != e), max(errors, default=0.0))
+
+
+def _error(found: float, wanted: float) -> float:
+    return abs(found - wanted) / max(abs(wanted), 1e-30)
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=floor)).item()
+
+
+def _factor(found: torch.Tensor, wanted: torch.Tensor) -> float | None:
+    """c if found = c wanted, else None."""
+    factor = (found * wanted).sum() / wanted.square().sum()
+    return (
+        factor.item()
+        if torch.allclose(found, factor * wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+        else None
+    )
+
+
+def _on_a_rank(strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem) -> list[Outcome]:
+    with dist.session("cpu", timeout_s=60, threads=1) as ctx:
+        return check_here(strategies, cases, problem, ctx)
+
+
+def check(
+    strategies: Sequence[str | type[Strategy]],
+    cases: Iterable[Case],
+    problem: Problem | None = None,
+    *,
+    timeout_s: float = 300,
+) -> list[Outcome]:
+    """Compare each strategy with one process in each case, on CPU ranks that are started here.
+
+    Raises:
+        RuntimeError: a rank failed or did not end in time; the message holds its stderr.
+    """
+    by_ranks: dict[int, list[Case]] = {}
+    for case in cases:
+        by_ranks.setdefault(case.ranks, []).append(case)
+    outcomes: list[Outcome] = []
+    for number, group in sorted(by_ranks.items()):
+        ended = ranks.run_ranks(
+            _on_a_rank, number, strategies, group, problem or Problem(), timeout_s=timeout_s,
+            env={"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"]},
+        )  # fmt: skip
+        outcomes += ranks.values(ended)[0]
+    return outcomes
+
+
+def all_cases(
+    ranks: Sequence[int] = (2, 3, 4), accumulation: Sequence[int] = (1, 4), dtypes: Sequence[str] = tuple(TOLERANCE),
+) -> list[Case]:  # fmt: skip
+    """Every combination of the settings."""
+    two = (False, True)
+    return [
+        Case(n, k, dtype, tied, frozen, uneven)
+        for n, k, dtype, tied, frozen, uneven in itertools.product(ranks, accumulation, dtypes, two, two, two)
+    ]
