@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ch02_hardware_parallelism import virtual_cluster
+from ch02_hardware_parallelism import virtual_cluster, virtual_hosts
 from common import exercises, process, script
 from common.process import ROOT
 
@@ -207,6 +207,21 @@ def test_ranks_of_a_plain_launch(tmp_path: Path) -> None:
         assert seen["rack_of_host"] == [0, 1]
 
 
+def test_gpus_are_dealt_out_if_there_is_one_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(visible: str | None, there: int) -> list[str]:
+        monkeypatch.setattr(virtual_hosts, "gpu_names", lambda: ["a GPU"] * there)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        cluster = virtual_cluster.Cluster(hosts=2, ranks=2)
+        return [virtual_hosts.gpus_of(host, cluster)["CUDA_VISIBLE_DEVICES"] for host in (0, 1)]
+
+    assert seen(None, 4) == ["0,1", "2,3"]
+    assert seen(None, 8) == ["0,1", "2,3"]
+    assert seen("7,5,3,1", 4) == ["7,5", "3,1"]
+    assert seen(None, 3) == seen(None, 0) == seen("", 0) == seen("0,1", 2) == ["", ""]
+
+
 def test_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIRTUAL_CLUSTER", raising=False)
     assert virtual_cluster.described() is None
@@ -341,14 +356,17 @@ def living(mark: str) -> dict[int, str]:
 
 
 def namespaces(pids: list[int] | None = None) -> set[str]:
-    """The namespaces that these processes live in; of all processes by default."""
+    """The namespaces that these processes live in; of all processes by default.
+
+    A process without a command line is dead, and waits for init to take note: nothing lives in its namespaces.
+    """
     found = set()
     for pid in pids if pids is not None else [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
-        for kind in ("net", "uts", "mnt", "pid", "user"):
-            try:
-                found.add(os.readlink(f"/proc/{pid}/ns/{kind}"))
-            except OSError:
-                continue
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes():
+                found |= {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "uts", "mnt", "pid", "user")}
+        except OSError:
+            continue
     return found
 
 
