@@ -7,7 +7,7 @@ Two ranks   python -m ch02_hardware_parallelism.virtual_cluster --rate 100mbit -
 torchrun    python -m ch02_hardware_parallelism.virtual_cluster --launch torchrun -- ch01_intro/collectives.py
 By hand     python -m ch02_hardware_parallelism.virtual_cluster --launch command --on 1 -- ping -c 3 host0
 GPU node    the same, and each host gets its own GPUs if there is one for every rank; else none is seen inside
-You see     the hosts drawn with their links, and what TCP gets out of them: 97 to 99 % of the rate. With a COMMAND,
+You see     the hosts drawn with their links, and what TCP gets out of them: 90 to 99 % of the rate. With a COMMAND,
             that command's output: host0's stdout as it is, the rest on stderr behind the host's name.
 
 Nothing of it is in a file system: when the last process of a namespace ends, however it ends, the kernel takes the
@@ -116,6 +116,7 @@ def run(
 ) -> process.Finished:
     """Run `command` in a virtual cluster, as the command line does: stdout is host0's, stderr has everything else.
 
+    Paths start at the repository's root; `rate` and `uplink_rate` are in tc's units, `timeout_s` in seconds.
     A mistake is exit code 2 with its line on stderr; what is not done after `timeout_s` is stopped and `timed_out`.
     """
     uplink = ["--uplink-rate", uplink_rate] if uplink_rate else []
@@ -238,14 +239,12 @@ def check(cluster: Cluster, timeout_s: float) -> dict:
         speeds = "".join(f"{mbit(speed):>14}" for speed in (link, *out_back))
         times = f"{found['message_s'] * 1e3:8.2f} ms{MESSAGE / link * 1e3:10.2f} ms{found['rtt_s'] * 1e3:8.2f} ms"
         print(f"{'host0 - ' + peer:16}{speeds}{times}")
-        rows.append(
-            {"link_mbit": link * 8 / 1e6, "measured_mbit": min(out_back) * 8 / 1e6}
-            | {
-                "rate_ratio": min(out_back) / link,
-                "message_64kib_ms": found["message_s"] * 1e3,
-                "rtt_ms": found["rtt_s"] * 1e3,
-            }
-        )
+        row = {
+            "link_mbit": link * 8 / 1e6,
+            "measured_mbit": min(out_back) * 8 / 1e6,
+            "rate_ratio": min(out_back) / link,
+        }
+        rows.append(row | {"message_64kib_ms": found["message_s"] * 1e3, "rtt_ms": found["rtt_s"] * 1e3})
     if min(row["rate_ratio"] for row in rows) < 0.9:
         print("The cores, not the link, set the pace here: take a lower --rate.")
     far = {f"far_{name}": value for name, value in rows[-1].items()} if len(rows) > 1 else {}

@@ -175,7 +175,10 @@ def gpus_of(host: int, cluster: Cluster) -> dict[str, str]:
 def commands(
     cluster: Cluster, launch: str, command: list[str], on: int | None
 ) -> Iterable[tuple[int, list[str], dict]]:
-    """What to start: host, command, and the environment that it gets besides ours."""
+    """What to start: host, command, and the environment that it gets besides ours.
+
+    torchrun numbers the hosts by name, as text: host0 always has rank 0, but host10 comes before host2.
+    """
     words = {**asdict(cluster), "rack_of_host": cluster.rack_of_host}
     shared = {f"{library}_SOCKET_IFNAME": "eth0" for library in ("GLOO", "NCCL", "TP")}
     shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "VIRTUAL_CLUSTER": json.dumps(words)}
