@@ -2,8 +2,8 @@
 
 You learn   algorithm and bus bandwidth; where latency ends and bandwidth begins; alpha and beta of your own network
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/bench_collectives.py
-GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/bench_collectives.py --max 4GiB
-Cluster     srun python ch02_hardware_parallelism/bench_collectives.py --max 4GiB        (one task a GPU)
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/bench_collectives.py --max-bytes 4GiB
+Cluster     srun python ch02_hardware_parallelism/bench_collectives.py --max-bytes 4GiB        (one task a GPU)
 You see     a table as of nccl-tests with every result verified, then the fit time = alpha + size / bandwidth and how
             far each size is off it. Small messages cost alpha, large ones reach the bandwidth.
 
@@ -29,8 +29,14 @@ import torch.distributed as td
 from ch01_intro.collectives import slowest_us
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta, bus_factor, fit
 from ch02_hardware_parallelism.checked_collectives import (
-    COLLECTIVES, buffers, count_wrong, expected, modulus, pattern, put,
-)  # fmt: skip
+    COLLECTIVES,
+    buffers,
+    count_wrong,
+    expected,
+    modulus,
+    pattern,
+    put,
+)
 from common import dist, profiling, script
 from common.logs import Progress
 
@@ -123,17 +129,19 @@ def check(args: argparse.Namespace, ctx: dist.Context) -> None:
     """Raises UserError for what cannot be measured: one rank, no sizes, sizes that do not fit, sums that round."""
     if ctx.world_size < 2:
         raise script.UserError("one rank has nobody to talk to; start it with torchrun --nproc-per-node=2, or more")
-    if args.min > args.max:
-        raise script.UserError(f"--min {args.min} is above --max {args.max} (bytes); give --min the smaller one")
+    if args.min_bytes > args.max_bytes:
+        raise script.UserError(
+            f"--min-bytes {args.min_bytes} is above --max-bytes {args.max_bytes}; give --min-bytes the smaller one"
+        )
     if modulus("all_reduce", DTYPES[args.dtype], ctx.world_size) < 2:
         raise script.UserError(f"sums of {ctx.world_size} ranks are not exact in {args.dtype}; take --dtype float32")
     sharing = ctx.launch.local_world_size if ctx.device.type == "cpu" else 1
     free = profiling.available_memory(ctx.device) // sharing
     least = min(map(int, ctx.exchange("free memory", str(free))))
-    if 3 * args.max > least:  # sent, received, and what the backend copies
+    if 3 * args.max_bytes > least:  # sent, received, and what the backend copies
         raise script.UserError(
-            f"--max {args.max / 2**30:.3g} GiB needs three buffers of that size a rank, and a rank has "
-            f"{least / 2**30:.3g} GiB free; take a smaller --max"
+            f"--max-bytes {args.max_bytes / 2**30:.3g} GiB needs three buffers of that size a rank, and a rank has "
+            f"{least / 2**30:.3g} GiB free; take a smaller --max-bytes"
         )
 
 
@@ -164,8 +172,9 @@ def plot(rows: list[Row], lines: dict[str, AlphaBeta | None], ranks: int, path: 
     for number, (name, line) in enumerate(lines.items()):
         mine = [row for row in rows if row.collective == name]
         sizes, color = np.array([row.size_bytes for row in mine]), f"C{number}"
-        left.plot(sizes, [row.time_us for row in mine], "o", color=color, markersize=4, label=name)
-        left.fill_between(sizes, [r.p25_us for r in mine], [r.p75_us for r in mine], color=color, alpha=0.2)
+        spread = [[r.time_us - r.p25_us for r in mine], [r.p75_us - r.time_us for r in mine]]
+        times = [row.time_us for row in mine]
+        left.errorbar(sizes, times, yerr=spread, fmt="o", color=color, markersize=4, linewidth=1, label=name)
         right.plot(sizes, [row.busbw_gb_per_s for row in mine], "o", color=color, markersize=4)
         if line:
             seconds = line.alpha_s + sizes * line.beta_s_per_byte
@@ -183,8 +192,8 @@ def plot(rows: list[Row], lines: dict[str, AlphaBeta | None], ranks: int, path: 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
-    parser.add_argument("--min", type=parse_size, default=2**10, metavar="SIZE", help="smallest size (1KiB)")
-    parser.add_argument("--max", type=parse_size, metavar="SIZE", help="largest (1GiB; on a CPU 64MiB)")
+    parser.add_argument("--min-bytes", type=parse_size, default=2**10, metavar="SIZE", help="smallest size (1KiB)")
+    parser.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="largest (1GiB; on a CPU 64MiB)")
     parser.add_argument("--factor", type=script.at_least(2), default=4, help="from one size to the next")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--collectives", type=parse_collectives, default=list(COLLECTIVES), metavar="A,B")
@@ -195,10 +204,10 @@ def main(argv: list[str] | None = None) -> dict:
     rows: list[Row] = []
     lines: dict[str, AlphaBeta | None] = {}
     with dist.session(args.device) as ctx:
-        args.max = args.max or (2**30 if ctx.device.type == "cuda" else 2**26)
+        args.max_bytes = args.max_bytes or (2**30 if ctx.device.type == "cuda" else 2**26)
         check(args, ctx)
         dtype = DTYPES[args.dtype]
-        sizes = sweep(args.min, args.max, args.factor, dtype.itemsize * ctx.world_size)
+        sizes = sweep(args.min_bytes, args.max_bytes, args.factor, dtype.itemsize * ctx.world_size)
         backend = "nccl" if ctx.device.type == "cuda" else "gloo"
         head = f"{ctx.world_size} ranks, {backend}, {args.dtype}"
         with Progress(len(args.collectives) * len(sizes), "measuring") as progress:
