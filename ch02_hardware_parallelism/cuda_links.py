@@ -71,17 +71,14 @@ def host_rows(label: str, device: torch.device, size: int, kind: str, rate: floa
     """Both ways, from pageable and from pinned memory; and both ways at once, each on a stream of its own."""
     rows = []
     for memory in ("pageable", "pinned"):
-        host, gpu = (
-            numbers(size, "cpu", pinned=memory == "pinned"),
-            torch.empty(size // 4, dtype=torch.int32, device=device),
-        )
+        host = numbers(size, "cpu", pinned=memory == "pinned")
+        gpu = torch.empty_like(host, device=device)
         back = torch.empty_like(host, pin_memory=memory == "pinned")
         for name, target, source in ((f"host -> {label}", gpu, host), (f"{label} -> host", back, gpu)):
             rates = meter.rates(lambda t=target, s=source: t.copy_(s, non_blocking=True), size, [device])
             meter.check(f"{name}, {memory}", source, target)
             rows.append(Row(f"{name}, {memory}", kind, rates, rate))
-    # the last buffers are the pinned ones
-    gpu_out = numbers(size, device, 7)
+    gpu_out = numbers(size, device, 7)  # the other buffers are the pinned ones, of the last turn
     streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
 
     def both() -> None:

@@ -118,11 +118,16 @@ def process_rows(repeats: int, size: int = MESSAGE_BYTES) -> list[Row]:
     return [Row(f"process -> process, {name}", kinds[name], tuple(values)) for name, values in rates.items()]
 
 
-def measure(machine: Machine, repeats: int) -> list[Row]:
-    """All rows of the host. Raises UserError where there is too little memory for arrays that no cache holds."""
-    size = array_bytes()
-    if size < 2**24:
+def measure(machine: Machine, repeats: int, size: int | None = None) -> list[Row]:
+    """All rows of the host. `size`: bytes of each array in its memory, None for array_bytes().
+
+    Raises:
+        UserError: there is too little memory for the arrays.
+    """
+    size, free = size or array_bytes(), profiling.available_memory(torch.device("cpu"))
+    if not 2**20 <= size <= free // 4:
         raise script.UserError(
-            f"{size / 2**20:.0f} MiB are free for an array, too few to get past the caches; free some"
+            f"three arrays of {size / 2**20:.0f} MiB do not go into {free / 2**20:.0f} MiB of free memory; pass a "
+            "smaller --host-mib, or free some"
         )
     return [*memory_rows(size, repeats), *numa_rows(machine, repeats), *process_rows(repeats)]

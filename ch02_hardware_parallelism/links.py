@@ -186,6 +186,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     shown = [row for row in rows if row.rates][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.32 * len(shown)), layout="constrained")
@@ -195,7 +196,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     spread = [[r.quartiles[1] - r.quartiles[0] for r in shown], [r.quartiles[2] - r.quartiles[1] for r in shown]]
     axes.barh(range(len(shown)), medians, height=0.5, xerr=spread, color="#1f5c99", label="measured, with quartiles")
     axes.set_yticks(range(len(shown)), [f"{row.link} ({row.kind})" for row in shown], fontsize=8)
-    axes.set(xscale="log", xlabel="GB/s")
+    axes.set(xscale="log", xlabel="GB/s", xlim=(min(medians) / 4, 1.5 * max(medians + theory)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

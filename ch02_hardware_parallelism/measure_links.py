@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--repeats", type=script.at_least(3), default=9)
     parser.add_argument("--gpu-mib", type=script.at_least(1), default=256, help="buffer of a copy to or from a GPU")
+    parser.add_argument(
+        "--host-mib", type=script.at_least(1), help="array in host memory (default: 256, or four times the caches)"
+    )
     args = parser.parse_args(argv)
     launch = dist.read_launch()
     if launch.local_world_size > 1:
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     devices = visible_gpus(args.device)
     machine: Machine = detect()
-    rows = host_links.measure(machine, args.repeats)
+    rows = host_links.measure(machine, args.repeats, args.host_mib and args.host_mib * 2**20)
     meter = cuda_links.Meter(args.repeats)
     curve: list[dict] = []
     if devices:

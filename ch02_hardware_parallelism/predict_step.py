@@ -63,13 +63,16 @@ def fit_sizes(gradient_bytes: int) -> list[int]:
     return sorted({max(4, int(gradient_bytes * share) // 4 * 4) for share in SHARES})
 
 
-def fit_all_reduce(gradient_bytes: int, ctx: dist.Context) -> tuple[AlphaBeta, float]:
-    """alpha and beta of this job's all_reduce, and by how many percent the line is off at most where it was fitted."""
+def fit_all_reduce(gradient_bytes: int, budget_s: float, ctx: dist.Context) -> tuple[AlphaBeta, float]:
+    """alpha and beta of this job's all_reduce, and by how many percent the line is off at most where it was fitted.
+
+    Each size is timed for about `budget_s` seconds, three times at least.
+    """
     sizes, seconds = fit_sizes(gradient_bytes), []
     for size in sizes:
         once = functools.partial(torch.distributed.all_reduce, torch.zeros(size // 4, device=ctx.device))
         first = min(slowest_us(once, ctx.device, 2))
-        repeats = max(3, min(50, int(1e6 / first)))  # about a second each
+        repeats = max(3, min(50, int(budget_s * 1e6 / first)))
         seconds.append(statistics.median(slowest_us(once, ctx.device, repeats)) / 1e6)
     line = fit(sizes, seconds)
     return line, max(abs(100 * (line.time_s(n) / t - 1)) for n, t in zip(sizes, seconds, strict=True))
@@ -121,7 +124,7 @@ def slowest_medians(timer: profiling.StepTimer) -> dict[str, float]:
 def predict_and_measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
     model = lm.build(lm.config(args.preset, args.seq_len), ctx.device, seed=args.seed)
     gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    line, off = fit_all_reduce(gradient_bytes, ctx)
+    line, off = fit_all_reduce(gradient_bytes, args.fit_s, ctx)
     local, real = measure_steps(model, args, ctx)
     compute = Step(**local)
     communication_ms = line.time_s(gradient_bytes) * 1e3
@@ -177,7 +180,7 @@ def over_rates(args: argparse.Namespace, run: script.Run) -> dict:
         virtual_cluster.parse_rate(rate)
     for rate in args.rates:
         flags = ["--preset", args.preset, "--device", args.device, "--run-dir", str(run.path(rate))]
-        for name in ("steps", "batch_size", "seq_len", "seed"):
+        for name in ("steps", "batch_size", "seq_len", "fit_s", "seed"):
             flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         print(f"--- links of {rate}", flush=True)
         done = virtual_cluster.run(
@@ -207,6 +210,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--batch-size", type=script.at_least(1), default=4, help="sequences a rank")
     parser.add_argument("--seq-len", type=script.at_least(2), default=128)
     parser.add_argument("--steps", type=script.at_least(1), default=9, help="of each kind, compute-only and real")
+    parser.add_argument("--fit-s", type=script.positive, default=1, help="seconds for each message size of the fit")
     parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 100mbit,1gbit")
     parser.add_argument("--hosts", type=script.at_least(2), default=2, help="with --rates: hosts of one rank")
     args = parser.parse_args(argv)
