@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -129,34 +130,37 @@ def bring_up(
 ) -> tuple[int, str]:
     """Make the cluster, run the command in it, and take it down. Returns the exit code, and host0's stdout if captured.
 
-    Process 1 inside reads the other end of a pipe that only this process holds: it ends when we do, in whatever way,
-    and the kernel then kills all that it has started.
+    Process 1 inside reads a socket whose other end only this process holds: it ends when we do, in whatever way, and
+    the kernel then kills all that it has started. Its last word there is the exit code.
     """
     plan = {"cluster": asdict(cluster), "launch": launch, "command": list(command), "on": on}
     inside = [*unshare(), sys.executable, "-c", INSIDE + "switch()", json.dumps(plan)]
-    theirs, ours = os.pipe()
+    ours, theirs = socket.socketpair()
     try:
         switch = subprocess.Popen(
             inside,
             env=environment(),
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.PIPE if capture else None,
             text=True,
             start_new_session=True,  # Ctrl-C reaches us alone
         )
     finally:
-        os.close(theirs)
+        theirs.close()
     try:
         out, _ = switch.communicate(timeout=timeout_s)
+        ours.shutdown(socket.SHUT_WR)  # should process 1 have outlived its parent, it ends now
+        last_word = ours.recv(16)
     except subprocess.TimeoutExpired:
         print(f"error: not done after {timeout_s:g} s; pass a larger --timeout-s", file=sys.stderr)
         return 124, ""
     finally:
-        os.close(ours)
+        ours.close()
         switch.wait()
-    if switch.returncode < 0:  # not the command: that would be a positive code
-        print(f"error: the cluster was killed by signal {-switch.returncode}; start it again", file=sys.stderr)
-    return (switch.returncode if switch.returncode >= 0 else 128 - switch.returncode), out or ""
+    if not last_word:
+        print("error: the cluster was killed from outside; see whether memory ran out, start it again", file=sys.stderr)
+        return 137, ""
+    return int(last_word), out or ""
 
 
 def check_command(launch: str, command: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ When the switch ends, the kernel kills all that lives in its process namespace, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,13 +29,12 @@ from common.script import UserError, gpu_names
 
 MTU = 9000  # jumbo frames, as in real clusters: fewer packets for two cores to carry
 QUEUE = 64 * 2**20  # bytes that may wait at a port: more than TCP lets out of its windows, so that nothing is dropped
-GRACE_S = 5  # for the other hosts, when one has failed: they may have something to say about it
+GRACE_S = 3  # for the other hosts, when one has failed: they may have something to say about it
 MESSAGE = 2**16
 
 # The mount namespace's own /proc, where that is allowed, and its own /etc/hosts, from a tmpfs: no file is left.
 MOUNTS = """mount -t proc proc /proc 2>/dev/null
 mount -t tmpfs tmpfs /tmp && cat >/tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp"""
-# A process that keeps a host's namespaces, and says under which number /proc, whosever it is, knows it.
 HOLDER = (
     "import os, socket, sys; socket.sethostname(sys.argv[1]); print(os.readlink('/proc/self'), flush=True); "
     "sys.stdin.read()"
@@ -58,12 +58,9 @@ class Cluster:
 
     def link_bytes_per_s(self, one: int, other: int) -> float:
         """What the path between two hosts can carry."""
-        same_rack = self.rack_of_host[one] == self.rack_of_host[other]
-        return (
-            min(self.rate_bytes_per_s, self.uplink_bytes_per_s or float("inf"))
-            if not same_rack
-            else self.rate_bytes_per_s
-        )
+        if self.uplink_bytes_per_s is None or self.rack_of_host[one] == self.rack_of_host[other]:
+            return self.rate_bytes_per_s
+        return min(self.rate_bytes_per_s, self.uplink_bytes_per_s)
 
 
 def described() -> Cluster | None:
@@ -115,28 +112,34 @@ def shape(device: str, bytes_per_s: float) -> str:
     return f"qdisc add dev {device} root tbf rate {bytes_per_s:.0f}bps burst {burst} limit {QUEUE}"
 
 
-def new_host(name: str) -> str:
-    """Make a host: a network and a name of its own. Returns the process id that /proc knows it by."""
-    command = ["unshare", "--net", "--uts", sys.executable, "-I", "-S", "-c", HOLDER, name]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout
-    pid = holder.stdout.readline().strip()
-    if not pid:
-        raise UserError(f"{name} did not come up; see the lines above")
-    return pid
+@dataclass(frozen=True)
+class Host:
+    """A network and a name of its own, which live as long as `holder` does. /proc, whosever it is, calls that `pid`."""
+
+    name: str
+    holder: subprocess.Popen[str]
+    pid: str
+
+    @classmethod
+    def make(cls, name: str) -> Host:
+        command = ["unshare", "--net", "--uts", sys.executable, "-I", "-S", "-c", HOLDER, name]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert holder.stdout
+        if not (pid := holder.stdout.readline().strip()):
+            raise UserError(f"{name} did not come up; see the lines above")
+        return cls(name, holder, pid)
+
+    def runs(self, command: Sequence[str]) -> list[str]:
+        """The command that runs another one there."""
+        return ["nsenter", "--target", self.pid, "--net", "--uts", "--", *command]
 
 
-def enter(pid: str) -> list[str]:
-    """The command that runs the next one on the host of that process."""
-    return ["nsenter", "--target", pid, "--net", "--uts", "--"]
-
-
-def build(cluster: Cluster) -> list[str]:
-    """Make the hosts, plug them in, shape the links. Returns each host's process id."""
+def build(cluster: Cluster) -> list[Host]:
+    """Make the hosts, plug them in, shape the links."""
     # Twice: torch looks for the name of an IPv4 peer in its IPv6 form too, and warns when there is none.
     names = "".join(f"{v6}{address(host)} host{host}\n" for v6 in ("", "::ffff:") for host in range(cluster.hosts))
-    do(["sh", "-c", MOUNTS], "127.0.0.1 localhost\n" + names)
-    hosts = [new_host(f"host{host}") for host in range(cluster.hosts)]
+    do(["sh", "-c", MOUNTS], "127.0.0.1 localhost\n::1 localhost\n" + names)
+    hosts = [Host.make(f"host{host}") for host in range(cluster.hosts)]
     bridges = [f"rack{rack}" for rack in range(cluster.racks)] + ["spine"] * (cluster.racks > 1)
     links = [line for name in bridges for line in (f"link add {name} type bridge", f"link set {name} up")]
     queues = []
@@ -145,16 +148,16 @@ def build(cluster: Cluster) -> list[str]:
             links.append(f"link add up{rack} mtu {MTU} type veth peer name down{rack} mtu {MTU}")
             links += [f"link set up{rack} master rack{rack} up", f"link set down{rack} master spine up"]
             queues += [shape(f"{end}{rack}", cluster.uplink_bytes_per_s) for end in ("up", "down")]
-    for host, (pid, rack) in enumerate(zip(hosts, cluster.rack_of_host, strict=True)):
-        peer = f"peer name eth0 mtu {MTU} netns /proc/{pid}/ns/net"
+    for host, rack in enumerate(cluster.rack_of_host):
+        peer = f"peer name eth0 mtu {MTU} netns /proc/{hosts[host].pid}/ns/net"
         links += [f"link add port{host} mtu {MTU} type veth {peer}", f"link set port{host} master rack{rack} up"]
         queues.append(shape(f"port{host}", cluster.rate_bytes_per_s))
     do(["ip", "-batch", "-"], "\n".join(links))
     do(["tc", "-batch", "-"], "\n".join(queues))
-    for host, pid in enumerate(hosts):
-        own = f"link set lo up\naddress add {address(host)}/24 dev eth0\nlink set eth0 up"
-        do([*enter(pid), "ip", "-batch", "-"], own)
-        do([*enter(pid), "tc", "-batch", "-"], shape("eth0", cluster.rate_bytes_per_s))
+    for number, host in enumerate(hosts):
+        own = f"link set lo up\naddress add {address(number)}/24 dev eth0\nlink set eth0 up"
+        do(host.runs(["ip", "-batch", "-"]), own)
+        do(host.runs(["tc", "-batch", "-"]), shape("eth0", cluster.rate_bytes_per_s))
     return hosts
 
 
@@ -207,20 +210,21 @@ def pass_on(pipe: IO[bytes], name: str) -> None:
         say(name, line)
 
 
-def wait(running: dict[int, str]) -> int:
+def wait(running: dict[int, str], hosts: Sequence[Host]) -> int:
     """Wait for all of the processes (id: name). Returns 0, or the code of the first that failed, 128 + n for signal n.
 
     As process 1 this one also inherits what others leave behind, and has to wait for it.
     """
+    holders = {host.holder.pid: host.name for host in hosts}
     code = 0
     while running:
         pid, status = os.wait()
-        name = running.pop(pid, None)
         ended = os.waitstatus_to_exitcode(status)
+        name = running.pop(pid, None) or holders.get(pid)
         if name is None or ended == 0 or code:
             continue
         code = ended if ended > 0 else 128 - ended
-        how = f"ended with exit code {ended}" if ended > 0 else f"was killed by {signal.Signals(-ended).name}"
+        how = f"ended with exit code {ended}" if ended > 0 else f"was killed by signal {-ended}"
         say("cluster", f"{name} {how}".encode() + (b"; the others get a moment to end" if running else b""))
         threading.Thread(target=stop, args=(running, code), daemon=True).start()
     return code
@@ -230,13 +234,20 @@ def stop(running: dict[int, str], code: int) -> None:
     """End what is still running: after a while by SIGTERM, then with this process and all in its namespace."""
     time.sleep(GRACE_S)
     for pid in list(running):
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     time.sleep(2)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Tell the caller that this is the end, and no accident. All that still runs here is killed."""
+    os.write(0, b"%d" % code)
     os._exit(code)
 
 
 def end_with_caller() -> None:
-    """The caller holds the other end of our stdin: it closes when the caller ends, be it by SIGKILL."""
+    """The caller holds the other end of our stdin, a socket: it closes when the caller ends, be it by SIGKILL."""
     while os.read(0, 1):
         pass
     os._exit(1)
@@ -251,11 +262,11 @@ def switch() -> NoReturn:
         hosts = build(cluster)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        leave(2)
     running, readers, children = {}, [], []
     for host, command, env in commands(cluster, plan["launch"], plan["command"], plan["on"]):
         child = subprocess.Popen(
-            [*enter(hosts[host]), *command],
+            hosts[host].runs(command),
             env=os.environ | env,
             stdin=subprocess.DEVNULL,
             stdout=None if host == 0 else subprocess.PIPE,
@@ -267,10 +278,10 @@ def switch() -> NoReturn:
             if pipe:
                 readers.append(threading.Thread(target=pass_on, args=(pipe, f"host{host}"), daemon=True))
                 readers[-1].start()
-    code = wait(running)
+    code = wait(running, hosts)
     for reader in readers:
         reader.join(1)  # something left behind may hold the pipe open
-    os._exit(code)
+    leave(code)
 
 
 # ---------------------------------------------------------------- the measurement
