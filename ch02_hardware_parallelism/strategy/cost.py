@@ -152,6 +152,8 @@ class Cluster:
     gpus_per_node: int
     gpu: Gpu
     runtime_bytes: float = RUNTIME_BYTES
+    intra_latency_s: float = INTRA_LATENCY_S
+    inter_latency_s: float = INTER_LATENCY_S
 
     @classmethod
     def of(cls, gpu: str, gpus: int, gpus_per_node: int = 8) -> Cluster:
@@ -171,15 +173,15 @@ class Cluster:
             return AlphaBeta(0.0, 0.0)
         nodes = ranks // per_node
         rate = self.gpu.intra if nodes == 1 else min(self.gpu.intra, per_node * self.gpu.inter)
-        hops_between = nodes if nodes > 1 else 0
-        alpha = hops_between * INTER_LATENCY_S + (ranks - 1 - min(hops_between, ranks - 1)) * INTRA_LATENCY_S
+        between = nodes if nodes > 1 else 0  # hops of the ring that leave a node
+        alpha = between * self.inter_latency_s + max(0, ranks - 1 - between) * self.intra_latency_s
         return AlphaBeta(alpha, (ranks - 1) / ranks / (rate * LINK_EFFICIENCY))
 
     def send(self, stride: int, ranks: int) -> AlphaBeta:
         """Time of a message to the next pipeline stage, `stride` ranks away."""
         inside = self.per_node(ranks, stride) == ranks
-        rate, alpha = (self.gpu.intra, INTRA_LATENCY_S) if inside else (self.gpu.inter, INTER_LATENCY_S)
-        return AlphaBeta(alpha, 1 / (rate * LINK_EFFICIENCY))
+        alpha = self.intra_latency_s if inside else self.inter_latency_s
+        return AlphaBeta(alpha, 1 / ((self.gpu.intra if inside else self.gpu.inter) * LINK_EFFICIENCY))
 
 
 @dataclass(frozen=True)

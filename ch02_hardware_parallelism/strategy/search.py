@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 
 from common.script import UserError
 
-from .cost import GIB, RECOMPUTE, Job, Layout, Plan, micro_batches, plan, refuse
+from .cost import GIB, RECOMPUTE, Job, Layout, Plan, plan, refuse
+from .cost import micro_batches as count_micro_batches
 
 # Predictions this close are equal: then the simpler strategy wins.
 EQUAL = 0.03
-# Context parallelism is for sequences that one GPU cannot hold: each rank keeps as many tokens as in Llama 3's long-context
-# stage, 131,072 / 16 (arXiv:2407.21783, table 4).
+# Context parallelism is for sequences that one GPU cannot hold: each rank keeps as many tokens as in Llama 3's stage of
+# long context, 131,072 / 16 (arXiv:2407.21783, table 4).
 CP_TOKENS = 8192
 # Beyond this share of the memory one bad allocation ends the run: where the time is equal, room counts.
 ROOMY = 0.9
 PARTS = {
-    "recompute": "recomputation", "tp": "tensor-parallel communication", "cp": "context-parallel communication",
-    "pp": "sending between stages", "bubble": "pipeline bubble", "dp": "data-parallel communication not hidden",
+    "compute": "stages of unequal work", "recompute": "recomputation", "tp": "tensor-parallel communication",
+    "cp": "context-parallel communication", "pp": "sending between stages", "bubble": "pipeline bubble",
+    "dp": "data-parallel communication not hidden",
 }  # fmt: skip
 
 
@@ -69,9 +71,9 @@ def degrees(job: Job) -> Iterator[Layout]:
                         yield Layout(dp, tp, pp, cp, zero)
 
 
-def variants(job: Job, layout: Layout) -> Iterator[Layout]:
+def variants(job: Job, layout: Layout, micro_batches: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Layout]:
     """The layout with every micro-batch size, recomputation and number of pipeline chunks that it allows."""
-    for micro_batch in (1, 2, 4, 8):
+    for micro_batch in micro_batches:
         for chunks in (1, 2, 4, 8, 16) if layout.pp > 1 else (1,):
             made = replace(layout, micro_batch=micro_batch, chunks=chunks)
             if refuse(job, made) is None:
@@ -142,7 +144,8 @@ def why_not(loser: Plan, winner: Plan) -> str:
     if ratio <= 1 + EQUAL:
         return f"as fast ({ratio:.2f}×), but {_less_simple(loser, winner)}"
     part = max(PARTS, key=lambda name: loser.seconds[name] - winner.seconds[name])
-    why = f"{ratio:.2f}× the time: {PARTS[part]} {loser.seconds[part] / loser.step_s:.0%} of the step"
+    lost = loser.seconds[part] - (winner.seconds[part] if part == "compute" else 0.0)
+    why = f"{ratio:.2f}× the time: {PARTS[part]} {lost / loser.step_s:.0%} of the step"
     if loser.layout.tp > loser.job.cluster.gpus_per_node:
         why += (
             f"; TP {loser.layout.tp} crosses nodes, its collectives take {_crossing(loser):.1f}× as long as inside one"
@@ -193,7 +196,7 @@ def _nothing_fits(job: Job, plans: list[Plan], refused: dict[str, str]) -> str:
 def explain(winner: Plan, rows: list[Row]) -> str:
     """The winner in plain words."""
     job, layout, seconds = winner.job, winner.layout, winner.seconds
-    capacity, m = job.cluster.gpu.memory / GIB, micro_batches(job, layout)
+    capacity, m = job.cluster.gpu.memory / GIB, count_micro_batches(job, layout)
     states = {name: winner.memory[name] / GIB for name in ("weights", "gradients", "optimizer")}
     whole = sum((job.precision.weights, job.precision.gradients, job.precision.optimizer)) * job.shape.parameters / GIB
     lines = [
