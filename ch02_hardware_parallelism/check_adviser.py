@@ -74,10 +74,8 @@ def published() -> list[Check]:
 
 
 def show_published(checks: list[Check]) -> None:
-    print(f"{'':38}  ---------- speed a GPU ----------  ----- GiB a GPU -----  time, of that of")
-    print(
-        f"{'published run, its layout':38}  published  predicted               published  predicted   the adviser's layout"
-    )
+    print(f"{'':38}  ---------- speed a GPU ----------  ----- GiB a GPU -----  time, of that")
+    print(f"{'published run, its layout':38}  {'published  predicted':32}   published  predicted   of the adviser's")
     for check in checks:
         run, made = check.run, check.plan
         speed, memory = f"{'-':>9}  {'-':>9}" + " " * 13, f"{'-':>9}  {made.memory_bytes / GIB:9.1f}"

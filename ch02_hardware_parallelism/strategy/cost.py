@@ -58,9 +58,8 @@ class Shape:
 
     @cached_property
     def layer_parameters(self) -> int:
-        return (self.parameters - self.head_parameters * (1 if self.tie_word_embeddings else 2)) // (
-            self.num_hidden_layers
-        )
+        ends = self.head_parameters * (1 if self.tie_word_embeddings else 2) + self.hidden_size  # and the last norm
+        return (self.parameters - ends) // self.num_hidden_layers
 
     @property
     def head_parameters(self) -> int:
@@ -399,7 +398,7 @@ def plan(job: Job, layout: Layout) -> Plan:
     * bubble              (p - 1) / v micro-batches
     * DP, FSDP            behind the compute of the same phase: a gradient reduction behind the last backward (ZeRO-2
                           and 3: behind each), a gather behind the forward or backward that it is for. What takes longer
-                          than that is exposed, and at least one layer's share, which has nothing to hide behind.
+                          than that is exposed, and once a step one layer's share, which has nothing to hide behind.
     """
     shape, cluster, gpu, size = job.shape, job.cluster, job.cluster.gpu, job.precision.activations
     t, c, p, v, m = layout.tp, layout.cp, layout.pp, layout.chunks, micro_batches(job, layout)
@@ -439,14 +438,14 @@ def plan(job: Job, layout: Layout) -> Plan:
     forward_busy = forward + (tp_s + cp_s + pp_s) / 2
     backward_busy = micro - forward_busy
 
-    def exposed(communication: float, behind: float) -> float:
-        return max(communication - behind, communication / middle)
+    def exposed(communication: float, behind: float, times: int = 1) -> float:
+        return max(times * (communication - behind), communication / middle)
 
     dp_s = {
         0: exposed(2 * reduce_s, backward_busy),
         1: exposed(reduce_s, backward_busy) + exposed(gather_s, forward_busy),
-        2: m * exposed(reduce_s, backward_busy) + exposed(gather_s, forward_busy),
-        3: m * (exposed(gather_s, forward_busy) + exposed(gather_s + reduce_s, backward_busy)),
+        2: exposed(reduce_s, backward_busy, m) + exposed(gather_s, forward_busy),
+        3: exposed(gather_s, forward_busy, m) + exposed(gather_s + reduce_s, backward_busy, m),
     }[layout.zero]
     share = (shards - 1) / shards
     reductions, gathers = {0: (2, 0), 1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
