@@ -21,7 +21,7 @@ from pathlib import Path
 from ch01_intro import topology
 from ch01_intro.topology.network import node_gbps
 from ch02_hardware_parallelism.strategy import FP32, GPUS, MIXED, Advice, Cluster, Job, find_shape, rank
-from ch02_hardware_parallelism.strategy.cost import GIB, LINK_EFFICIENCY, Gpu, as_json
+from ch02_hardware_parallelism.strategy.cost import GIB, LINK_EFFICIENCY, Gpu, as_json, gib
 from ch02_hardware_parallelism.strategy.draw import draw
 from common import process, script
 from common.script import UserError
@@ -130,7 +130,7 @@ def show(advice: Advice, job: Job, most: int) -> None:
     print(
         f"{job.shape.name}: {job.shape.parameters / 1e9:.3g} B parameters on {cluster.gpus} GPUs, "
         f"{cluster.gpus_per_node} a node; {job.batch} sequences of {job.seq_len:,} tokens a step\n"
-        f"a GPU: {gpu.peak / 1e12:.3g} TFLOP/s × {gpu.efficiency:.2f} sustained, {gpu.memory / GIB:.1f} GiB, "
+        f"a GPU: {gpu.peak / 1e12:.3g} TFLOP/s × {gpu.efficiency:.2f} sustained, {gib(gpu.memory)} GiB, "
         f"{gpu.intra / 1e9:.3g} GB/s in the node, {gpu.inter / 1e9:.3g} GB/s between nodes; of a link "
         f"{LINK_EFFICIENCY:.0%} is reached\n{advice.considered:,} layouts considered; the best of each strategy:\n"
     )
@@ -142,7 +142,7 @@ def show(advice: Advice, job: Job, most: int) -> None:
         time = f"{made.step_s:9.3g} {made.mfu:6.1%}" if made.fits else f"{'-':>9} {'-':>6}"
         print(
             f"{layout!s:34} {layout.micro_batch:5} {layout.chunks:7}  {layout.recompute:9} "
-            f"{made.memory_bytes / GIB:7,.1f} {sum(made.wire.values()) / GIB:9,.1f} {time}  {row.why}"
+            f"{gib(made.memory_bytes):>7} {gib(sum(made.wire.values())):>9} {time}  {row.why}"
         )
     if left := len(possible) - min(most, len(possible)) - len(simple):
         print(f"... and {left} more strategies (--rows)")

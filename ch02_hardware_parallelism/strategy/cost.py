@@ -128,10 +128,11 @@ def _gpu(tflops: float, gib: float, memory_tb_s: float, intra_gb_s: float, inter
     return Gpu(tflops * 1e12, gib * GIB, memory_tb_s * 1e12, intra_gb_s * 1e9, inter_gb_s * 1e9, efficiency)
 
 
-# The share of the peak at which a GPU trains when no communication is in the way: one source for all, the MFU of
-# fms-fsdp's Llama 2 7B on 128 GPUs with all communication hidden (foundation-model-stack/fms-fsdp; PyTorch blog
-# "Maximizing Training Throughput Using PyTorch FSDP and torch.compile"). A large matrix product alone reaches more,
-# 794.5 of 989 TFLOP/s on an H100 (stas00/ml-engineering): that is the ceiling, not what a training step sustains.
+# The share of the peak at which a GPU trains where no communication is in the way. One source, and nothing tuned to the
+# runs of published.toml: MFU of fms-fsdp's Llama 2 7B on 128 GPUs, compiled, whose communication FSDP hides
+# (foundation-model-stack/fms-fsdp; PyTorch blog "Maximizing Training Throughput Using PyTorch FSDP and Torch.compile").
+# A large matrix product alone reaches more, 794.5 of 989 TFLOP/s on an H100 (stas00/ml-engineering): a ceiling, not
+# what a training step sustains.
 HOPPER, AMPERE = 0.46, 0.68
 # NVIDIA's data sheets of each GPU: peak, memory bandwidth, NVLink (half of the "total bandwidth", which counts both
 # directions). Network: 400 Gb/s a GPU beside Hopper (DGX H100), 200 Gb/s beside Ampere (DGX A100). h100-96g is the
@@ -470,6 +471,12 @@ def plan(job: Job, layout: Layout) -> Plan:
             "dp": dp_s,
         },
     )
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, three digits or so: 0.067, 65.1, 1,077."""
+    value = size / GIB
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from common.script import UserError
 
-from .cost import GIB, RECOMPUTE, Job, Layout, Plan, plan, refuse
+from .cost import RECOMPUTE, Job, Layout, Plan, gib, plan, refuse
 from .cost import micro_batches as count_micro_batches
 
 # Predictions this close are equal: then the simpler strategy wins.
@@ -137,8 +137,7 @@ def why_not(loser: Plan, winner: Plan) -> str:
     if not loser.fits:
         part = max(loser.memory, key=lambda name: loser.memory[name])
         return (
-            f"does not fit: needs {loser.memory_bytes / GIB:,.0f} GiB of {capacity / GIB:.0f} "
-            f"({part} {loser.memory[part] / GIB:,.0f})"
+            f"does not fit: needs {gib(loser.memory_bytes)} GiB of {gib(capacity)} ({part} {gib(loser.memory[part])})"
         )
     ratio = loser.step_s / winner.step_s
     if ratio <= 1 + EQUAL:
@@ -158,7 +157,7 @@ def _less_simple(loser: Plan, winner: Plan) -> str:
     capacity = loser.job.cluster.gpu.memory
     said = (
         "more kinds of parallelism",
-        f"only {(capacity - loser.memory_bytes) / GIB:.1f} GiB are free",
+        f"only {gib(capacity - loser.memory_bytes)} GiB are free",
         f"has to recompute ({loser.layout.recompute})",
         "shards more than it must",
         "not faster",
@@ -182,7 +181,7 @@ def _nothing_fits(job: Job, plans: list[Plan], refused: dict[str, str]) -> str:
             f"no layout of {job.cluster.gpus} GPUs can be ({next(iter(refused.values()))}); change --gpus or the batch"
         )
     leanest = min(plans, key=lambda p: p.memory_bytes)
-    need = f"{leanest.memory_bytes / GIB:,.0f} GiB of {job.cluster.gpu.memory / GIB:.0f} a GPU"
+    need = f"{gib(leanest.memory_bytes)} GiB of {gib(job.cluster.gpu.memory)} a GPU"
     gpus = job.cluster.gpus
     while (gpus := 2 * gpus) <= 2**16:
         nodes = max(job.cluster.gpus_per_node, min(8, gpus))
@@ -196,13 +195,13 @@ def _nothing_fits(job: Job, plans: list[Plan], refused: dict[str, str]) -> str:
 def explain(winner: Plan, rows: list[Row]) -> str:
     """The winner in plain words."""
     job, layout, seconds = winner.job, winner.layout, winner.seconds
-    capacity, m = job.cluster.gpu.memory / GIB, count_micro_batches(job, layout)
-    states = {name: winner.memory[name] / GIB for name in ("weights", "gradients", "optimizer")}
-    whole = sum((job.precision.weights, job.precision.gradients, job.precision.optimizer)) * job.shape.parameters / GIB
+    m, precision = count_micro_batches(job, layout), job.precision
+    held = sum(winner.memory[name] for name in ("weights", "gradients", "optimizer"))
+    whole = (precision.weights + precision.gradients + precision.optimizer) * job.shape.parameters
     lines = [
-        f"{layout}: {job.shape.parameters / 1e9:.1f} B parameters make {whole:,.0f} GiB of weights, gradients and "
-        f"optimizer, of which a GPU holds {sum(states.values()):.1f}; with activations (recomputation: "
-        f"{layout.recompute}), logits and buffers it uses {winner.memory_bytes / GIB:.1f} of {capacity:.1f} GiB.",
+        f"{layout}: {job.shape.parameters / 1e9:.3g} B parameters make {gib(whole)} GiB of weights, gradients and "
+        f"optimizer, of which a GPU holds {gib(held)}; with activations (recomputation: {layout.recompute}), logits "
+        f"and buffers it uses {gib(winner.memory_bytes)} of {gib(job.cluster.gpu.memory)} GiB.",
     ]
     sharded = {0: "nothing", 1: "the optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
     if layout.dp * layout.cp > 1:
