@@ -20,9 +20,9 @@ from pathlib import Path
 
 from ch01_intro import topology
 from ch01_intro.topology.network import node_gbps
-from ch02_hardware_parallelism.strategy import FP32, GPUS, MIXED, Advice, Cluster, Job, find_shape, rank
-from ch02_hardware_parallelism.strategy.cost import GIB, LINK_EFFICIENCY, Gpu, as_json, gib
-from ch02_hardware_parallelism.strategy.draw import draw
+from ch02_hardware_parallelism.layout import FP32, GPUS, MIXED, Advice, Cluster, Job, find_shape, rank
+from ch02_hardware_parallelism.layout.cost import GIB, LINK_EFFICIENCY, Gpu, as_json, gib
+from ch02_hardware_parallelism.layout.draw import draw
 from common import process, script
 from common.script import UserError
 

@@ -25,9 +25,9 @@ from ch01_intro import roofline, training
 from ch01_intro.memory import state_bytes
 from ch01_intro.train_baseline import average_gradients
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta, fit
-from ch02_hardware_parallelism.strategy import FP32, Cluster, Job, Layout, Plan, find_shape, plan, rank
-from ch02_hardware_parallelism.strategy.cost import GIB, stage_parameters
-from ch02_hardware_parallelism.strategy.search import best, variants
+from ch02_hardware_parallelism.layout import FP32, Cluster, Job, Layout, Plan, find_shape, plan, rank
+from ch02_hardware_parallelism.layout.cost import GIB, stage_parameters
+from ch02_hardware_parallelism.layout.search import best, variants
 from common import dist, lm, profiling, script
 
 PUBLISHED = Path(__file__).with_name("published.toml")

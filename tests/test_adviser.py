@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch02_hardware_parallelism import advise, check_adviser
-from ch02_hardware_parallelism.strategy import Cluster, Job, Layout, find_shape, plan, rank
-from ch02_hardware_parallelism.strategy.cost import (
+from ch02_hardware_parallelism.layout import Cluster, Job, Layout, find_shape, plan, rank
+from ch02_hardware_parallelism.layout.cost import (
     GPUS,
     INTER_LATENCY_S,
     LINK_EFFICIENCY,
@@ -22,7 +22,7 @@ from ch02_hardware_parallelism.strategy.cost import (
     refuse,
     stage_layers,
 )
-from ch02_hardware_parallelism.strategy.search import degrees, variants
+from ch02_hardware_parallelism.layout.search import degrees, variants
 from common import lm, process
 from common.script import UserError
 from tests import spawn

@@ -1,6 +1,6 @@
 """What a parallel layout costs, computed: memory a GPU, bytes on the wire, seconds a step; and the search for the best.
 
-from ch02_hardware_parallelism.strategy import Cluster, Job, Layout, find_shape, rank
+from ch02_hardware_parallelism.layout import Cluster, Job, Layout, find_shape, rank
 
 job = Job(find_shape("llama-8b"), Cluster.of("h100-80g", gpus=8), seq_len=8192, batch=64)
 plan(job, Layout(dp=8, zero=3)).memory       # {"weights": ..., "gradients": ..., ...} bytes a GPU
