@@ -30,6 +30,9 @@ from common.script import UserError
 
 STRATEGIES = {
     "data-parallel": "data_parallel:DataParallel",
+    "data-parallel-buckets": "data_parallel:BucketedDataParallel",
+    "zero-1": "zero1:Zero1",
+    "library-ddp": "library_data:LibraryDDP",
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 STEPS = 2
