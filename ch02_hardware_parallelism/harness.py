@@ -316,11 +316,15 @@ def check(
 
 
 def all_cases(
-    ranks: Sequence[int] = (2, 3, 4), accumulation: Sequence[int] = (1, 4), dtypes: Sequence[str] = tuple(TOLERANCE),
-) -> list[Case]:  # fmt: skip
+    ranks: Sequence[int] = (2, 3, 4),
+    accumulation: Sequence[int] = (1, 4),
+    dtypes: Sequence[str] = tuple(TOLERANCE),
+    *,
+    by_hand: bool = True,
+) -> list[Case]:
     """Every combination of the settings."""
     two = (False, True)
     return [
-        Case(n, k, dtype, tied, frozen, uneven)
+        Case(n, k, dtype, tied, frozen, uneven, by_hand)
         for n, k, dtype, tied, frozen, uneven in itertools.product(ranks, accumulation, dtypes, two, two, two)
     ]
