@@ -30,6 +30,11 @@ from common.script import UserError
 
 STRATEGIES = {
     "data-parallel": "data_parallel:DataParallel",
+    "tensor-parallel": "tensor_parallel:TensorParallel",
+    "sequence-parallel": "sequence_parallel:SequenceParallel",
+    "tensor-x-data": "tensor_data:TensorDataParallel",
+    "library-tensor": "library_tensor:LibraryTensorParallel",
+    "library-sequence": "library_tensor:LibrarySequenceParallel",
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 STEPS = 2
