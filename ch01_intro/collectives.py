@@ -26,6 +26,9 @@ from common import dist, script
 from common.process import Child
 
 FAULTS = ("mismatched-shape", "missing-rank", "wrong-address")
+# Names of torch 2.13. Before it the same functions bore the second names, which 2.13 deprecates.
+all_gather_single = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
+reduce_scatter_single = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
 
 
 def contribution(rank: int, numbers: int, device: torch.device) -> torch.Tensor:
@@ -58,7 +61,7 @@ def broadcast(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor:
 
 def all_gather(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor:
     out = x.new_empty(ctx.world_size * x.numel())
-    td.all_gather_single(out, x)
+    all_gather_single(out, x)
     return out
 
 
@@ -76,7 +79,7 @@ def scatter(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor:
 
 def reduce_scatter(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor:
     out = x.new_empty(x.numel() // ctx.world_size)
-    td.reduce_scatter_single(out, x)
+    reduce_scatter_single(out, x)
     return out
 
 
@@ -88,13 +91,19 @@ def all_to_all(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor
 
 def send_recv(x: torch.Tensor, parts: Parts, ctx: dist.Context) -> torch.Tensor:
     """Around a ring, each to its right. Posted together: two ranks that both send first would wait for each other."""
-    left, right = (ctx.rank - 1) % ctx.world_size, (ctx.rank + 1) % ctx.world_size
     out = torch.empty_like(x)
+    pass_right(x, out, ctx)
+    return out
+
+
+def pass_right(x: torch.Tensor, out: torch.Tensor, ctx: dist.Context) -> None:
+    """x goes to the next rank, and what the rank before sends comes into out."""
+    left, right = (ctx.rank - 1) % ctx.world_size, (ctx.rank + 1) % ctx.world_size
     if left == ctx.rank:
-        return out.copy_(x)
+        out.copy_(x)
+        return
     for work in td.batch_isend_irecv([td.P2POp(td.isend, x, right), td.P2POp(td.irecv, out, left)]):
         work.wait()
-    return out
 
 
 COLLECTIVES: tuple[Callable[[torch.Tensor, Parts, dist.Context], torch.Tensor | None], ...] = (
@@ -128,19 +137,24 @@ def agree(name: str, x: torch.Tensor, ctx: dist.Context) -> None:
         raise script.UserError(f"{name}: {heard}; give every rank a tensor of the same shape and dtype")
 
 
-def median_us(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of the slowest rank's time: a collective is over when it is over for all."""
+def slowest_us(run: Callable[[], object], device: torch.device, repeats: int, calls: int = 1) -> list[float]:
+    """The slowest rank's time of each repeat, in microseconds: a collective is over when it is over for all.
+
+    A repeat is `calls` calls back to back, and its time is theirs divided by `calls`: on a GPU, starting a kernel and
+    waiting for it can take longer than a small message.
+    """
     times = []
     for _ in range(repeats):
         td.barrier()
         begin = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e6)
+        times.append((time.perf_counter() - begin) * 1e6 / calls)
     slowest = torch.tensor(times, dtype=torch.float64)
     td.all_reduce(slowest, op=td.ReduceOp.MAX)
-    return statistics.median(slowest.tolist())
+    return slowest.tolist()
 
 
 def check_all(args: argparse.Namespace, ctx: dist.Context) -> tuple[dict[str, list[float]], int]:
@@ -156,7 +170,7 @@ def check_all(args: argparse.Namespace, ctx: dist.Context) -> tuple[dict[str, li
             out = collective(x, parts, ctx)
             wrong += out is not None and not torch.equal(out, expected(collective.__name__, parts, ctx))
             once = functools.partial(collective, x, parts, ctx)
-            medians[collective.__name__].append(median_us(once, ctx.device, args.repeats))
+            medians[collective.__name__].append(statistics.median(slowest_us(once, ctx.device, args.repeats)))
     total = torch.tensor([wrong])
     td.all_reduce(total)
     return medians, int(total)

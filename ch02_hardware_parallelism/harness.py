@@ -35,6 +35,9 @@ STRATEGIES = {
     "tensor-x-data": "tensor_data:TensorDataParallel",
     "library-tensor": "library_tensor:LibraryTensorParallel",
     "library-sequence": "library_tensor:LibrarySequenceParallel",
+    "data-parallel-buckets": "data_parallel:BucketedDataParallel",
+    "zero-1": "zero1:Zero1",
+    "library-ddp": "library_data:LibraryDDP",
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 STEPS = 2

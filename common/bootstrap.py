@@ -97,7 +97,7 @@ def main() -> None:
     print(f"setting up {target.name} ({'CUDA' if nvidia_driver_present() else 'CPU'} torch)", flush=True)
     if installed[1:] != [made_for] or not (target / "bin" / "python").exists():
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
-    install = [uv, "pip", "install", "--quiet", "--python", str(target / "bin" / "python")]
+    install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(target / "bin" / "python")]
     install += ["-r", "requirements.txt", "-c", "constraints.txt", "--editable", ".", *flags]
     if subprocess.run(install, cwd=ROOT, check=False).returncode != 0:
         fail("the packages could not be installed; uv says why above (no network? then set PIP_FIND_LINKS)")

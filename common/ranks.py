@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["common.dist"])  # one list for the whole process; it may be set anew before use
+forkserver.set_forkserver_preload(["common.dist", "torch._dynamo"])  # one list for all uses; it may be set anew before
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
 

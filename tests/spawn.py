@@ -20,6 +20,7 @@ __all__ = ["Rank", "forkserver", "free_port", "rank_environment", "run_ranks", "
 forkserver.set_forkserver_preload(
     [
         "common.dist",
+        "torch._dynamo",  # an optimizer imports it, which takes seconds
         "common.lm",
         "ch01_intro.training",
         "torch.distributed.tensor",

@@ -1,0 +1,229 @@
+"""Predict how long a data-parallel step takes on a network from alpha and beta alone, then measure it.
+
+You learn   a step's time is arithmetic: compute + alpha + beta x gradient bytes; what overlapping could save at best
+Laptop      python ch02_hardware_parallelism/predict_step.py --rates 100mbit,1gbit       (hosts of a virtual cluster)
+Loopback    torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/predict_step.py
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/predict_step.py --preset small
+Cluster     srun python ch02_hardware_parallelism/predict_step.py --preset small         (one task a GPU)
+You see     prediction and measurement side by side. On a link that is the bottleneck they agree within a few percent;
+            on loopback the "network" is the same memory and cores that compute, and a straight line fits less well.
+
+How: the line is fitted to all_reduces that are all smaller than the gradients. Compute is measured by steps in which
+every rank does everything but send, in turn with real steps, so that both see the same machine. The slowest rank
+counts. Copies into one flat message and back belong to compute: they are made whatever the network is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ch01_intro import training
+from ch01_intro.collectives import slowest_us
+from ch01_intro.train_baseline import average_gradients
+from ch02_hardware_parallelism import virtual_cluster
+from ch02_hardware_parallelism.alpha_beta import AlphaBeta, fit
+from common import dist, lm, profiling, script
+
+SHARES = (1 / 1024, 1 / 64, 1 / 16, 1 / 4, 1 / 2)  # sizes that the line is fitted to, of the gradients' bytes
+PHASES = ("forward", "backward", "reduce", "optimizer", "step")
+WARM_UP_STEPS = 2
+Reduce = Callable[[nn.Module, int], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Milliseconds of a compute-only step and of its phases; `reduce` is the copies into one message and back."""
+
+    forward: float
+    backward: float
+    reduce: float
+    optimizer: float
+    step: float
+
+    def naive_ms(self, communication_ms: float) -> float:
+        """First compute, then communicate."""
+        return self.step + communication_ms
+
+    def overlapped_ms(self, communication_ms: float) -> float:
+        """The least an overlapped step can take: all communication beside backward, and no copies (bucket views)."""
+        return self.forward + max(self.backward, communication_ms) + self.optimizer
+
+
+def fit_sizes(gradient_bytes: int) -> list[int]:
+    """Message sizes in bytes to fit the line to: multiples of 4, all smaller than the message that is predicted."""
+    return sorted({max(4, int(gradient_bytes * share) // 4 * 4) for share in SHARES})
+
+
+def fit_all_reduce(gradient_bytes: int, budget_s: float, ctx: dist.Context) -> tuple[AlphaBeta, float]:
+    """alpha and beta of this job's all_reduce, and by how many percent the line is off at most where it was fitted.
+
+    Each size is timed for about `budget_s` seconds, three times at least.
+    """
+    sizes, seconds = fit_sizes(gradient_bytes), []
+    for size in sizes:
+        once = functools.partial(torch.distributed.all_reduce, torch.zeros(size // 4, device=ctx.device))
+        first = min(slowest_us(once, ctx.device, 2))
+        repeats = max(3, min(50, int(budget_s * 1e6 / first)))
+        seconds.append(statistics.median(slowest_us(once, ctx.device, repeats)) / 1e6)
+    line = fit(sizes, seconds)
+    return line, max(abs(100 * (line.time_s(n) / t - 1)) for n, t in zip(sizes, seconds, strict=True))
+
+
+def copies_only(model: nn.Module, world_size: int) -> None:
+    """average_gradients without the message: gradients into a flat buffer, divided, and back."""
+    with mock.patch.object(torch.distributed, "all_reduce"):
+        average_gradients(model, world_size)
+
+
+def measure_steps(
+    model: nn.Module, args: argparse.Namespace, ctx: dist.Context
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians in ms, over steps, of the slowest rank's phases: of compute-only steps and of real ones, in turn."""
+    optimizer = training.make_optimizer(model, 1e-4)
+    dtype = training.compute_dtype("auto", ctx.device)
+    torch.manual_seed(args.seed + ctx.rank)
+    tokens = torch.randint(model.config.vocab_size, (args.batch_size, args.seq_len + 1), device=ctx.device)
+    timers: dict[Reduce, profiling.StepTimer] = {
+        reduce: profiling.StepTimer(ctx.device) for reduce in (copies_only, average_gradients)
+    }
+    for _ in range(args.steps + WARM_UP_STEPS):
+        for reduce, timer in timers.items():
+            torch.distributed.barrier()
+            timer.restart()
+            with timer.phase("forward"):
+                with torch.autocast(ctx.device.type, dtype, enabled=dtype != torch.float32):
+                    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [batch, seq, vocab]
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            with timer.phase("backward"):
+                loss.backward()
+            with timer.phase("reduce"):
+                reduce(model, ctx.world_size)
+            with timer.phase("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad()
+            timer.end_step()
+    return slowest_medians(timers[copies_only]), slowest_medians(timers[average_gradients])
+
+
+def slowest_medians(timer: profiling.StepTimer) -> dict[str, float]:
+    rows = timer.rows_ms(WARM_UP_STEPS)
+    times = torch.tensor([[row[name] for name in PHASES] for row in rows], dtype=torch.float64)
+    torch.distributed.all_reduce(times, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(PHASES, times.median(dim=0).values.tolist(), strict=True))
+
+
+def predict_and_measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
+    model = lm.build(lm.config(args.preset, args.seq_len), ctx.device, seed=args.seed)
+    gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    line, off = fit_all_reduce(gradient_bytes, args.fit_s, ctx)
+    local, real = measure_steps(model, args, ctx)
+    compute = Step(**local)
+    communication_ms = line.time_s(gradient_bytes) * 1e3
+    predicted = compute.naive_ms(communication_ms)
+    cluster = virtual_cluster.described()
+    found = {
+        "world_size": ctx.world_size,
+        "backend": "nccl" if ctx.device.type == "cuda" else "gloo",
+        "link_mbit": cluster and cluster.link_bytes_per_s(0, cluster.hosts - 1) * 8 / 1e6,
+        "gradient_mib": gradient_bytes / 2**20,
+        "alpha_us": line.alpha_s * 1e6,
+        "all_reduce_gb_per_s": line.bytes_per_s / 1e9,
+        "fit_error_percent": off,
+        **{f"{name}_ms": local[name] for name in ("forward", "backward", "optimizer")},
+        "copies_ms": local["reduce"],
+        "compute_ms": compute.step,
+        "communication_predicted_ms": communication_ms,
+        "communication_measured_ms": real["step"] - compute.step,
+        "predicted_ms": predicted,
+        "measured_ms": real["step"],
+        "prediction_error_percent": 100 * (predicted / real["step"] - 1),
+        "overlapped_at_best_ms": compute.overlapped_ms(communication_ms),
+    }
+    if ctx.is_main:
+        show(found)
+    return found
+
+
+def show(found: dict) -> None:
+    where = f"{found['link_mbit']:g} Mbit/s each way, virtual" if found["link_mbit"] else "this machine's, as it is"
+    print(f"link               {where}; {found['world_size']} ranks, {found['backend']}")
+    print(f"gradients          {found['gradient_mib']:.1f} MiB")
+    line = f"{found['alpha_us']:.0f} us + size / {found['all_reduce_gb_per_s']:.4g} GB/s"
+    print(f"all_reduce         {line}, fitted to smaller messages; off by {found['fit_error_percent']:.0f} % at most")
+    parts = " + ".join(f"{name} {found[name + '_ms']:.1f}" for name in ("forward", "backward", "copies", "optimizer"))
+    print(f"compute            {found['compute_ms']:.1f} ms = {parts}")
+    print(f"{'':19}{'predicted':>12}{'measured':>12}")
+    for name, key in (("communication", "communication_"), ("step", "")):
+        print(f"{name:19}{found[key + 'predicted_ms']:9.1f} ms{found[key + 'measured_ms']:9.1f} ms")
+    print(
+        f"step, overlapped   {found['overlapped_at_best_ms']:9.1f} ms at best, {found['predicted_ms']:.1f} ms at worst"
+    )
+    print(f"error of the step  {found['prediction_error_percent']:+9.1f} %")
+
+
+def over_rates(args: argparse.Namespace, run: script.Run) -> dict:
+    """This script in a virtual cluster of one-rank hosts, once for each rate of the links."""
+    if reason := virtual_cluster.why_not():
+        raise script.UserError(f"--rates needs a virtual cluster: {reason}; or run it without --rates under torchrun")
+    result: dict = {"world_size": args.hosts}
+    rows = []
+    for rate in args.rates:
+        virtual_cluster.parse_rate(rate)
+    for rate in args.rates:
+        flags = ["--preset", args.preset, "--device", args.device, "--run-dir", str(run.path(rate))]
+        for name in ("steps", "batch_size", "seq_len", "fit_s", "seed"):
+            flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        print(f"--- links of {rate}", flush=True)
+        done = virtual_cluster.run(
+            [__file__, *flags], hosts=args.hosts, rate=rate, timeout_s=600, on_line=print_unless_result
+        )
+        if done.result is None:
+            raise script.UserError(f"the job at {rate} failed ({done.reason()}); see what it says above")
+        rows.append((rate, done.result))
+        result |= {f"prediction_error_percent_{rate}": done.result["prediction_error_percent"]}
+        result |= {f"{name}_ms_{rate}": done.result[f"{name}_ms"] for name in ("predicted", "measured", "compute")}
+    print(f"\n{'link':10}{'compute':>12}{'predicted':>12}{'measured':>12}{'error':>10}{'overlapped at best':>22}")
+    for rate, row in rows:
+        times = "".join(f"{row[name + '_ms']:9.1f} ms" for name in ("compute", "predicted", "measured"))
+        print(f"{rate:10}{times}{row['prediction_error_percent']:+8.1f} %{row['overlapped_at_best_ms']:19.1f} ms")
+    result["largest_error_percent"] = max(abs(row["prediction_error_percent"]) for _, row in rows)
+    return result
+
+
+def print_unless_result(line: str) -> None:
+    if not line.startswith("RESULT "):
+        print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("--preset", choices=lm.PRESETS, default="nano")
+    parser.add_argument("--batch-size", type=script.at_least(1), default=4, help="sequences a rank")
+    parser.add_argument("--seq-len", type=script.at_least(2), default=128)
+    parser.add_argument("--steps", type=script.at_least(1), default=9, help="of each kind, compute-only and real")
+    parser.add_argument("--fit-s", type=script.positive, default=1, help="seconds for each message size of the fit")
+    parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 100mbit,1gbit")
+    parser.add_argument("--hosts", type=script.at_least(2), default=2, help="with --rates: hosts of one rank")
+    args = parser.parse_args(argv)
+    if args.rates and dist.read_launch().launcher != "python":
+        raise script.UserError("--rates starts its own ranks; start it with plain python")
+    run = script.start(__file__, args)
+    if args.rates:
+        return over_rates(args, run)
+    with dist.session(args.device) as ctx:
+        if ctx.world_size < 2:
+            raise script.UserError("one rank sends nothing; start it with torchrun, or pass --rates 100mbit,1gbit")
+        return predict_and_measure(args, ctx)
+
+
+if __name__ == "__main__":
+    script.run(main)
