@@ -11,15 +11,23 @@ step may not mix DTensors with ordinary tensors; and a gradient may stay Partial
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
-    ColwiseParallel, ParallelStyle, PrepareModuleInput, PrepareModuleOutput, RowwiseParallel, SequenceParallel,
-    loss_parallel, parallelize_module,
-)  # fmt: skip
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism import sequence_parallel, tensor_parallel
@@ -122,7 +130,7 @@ def mesh_of(comm: Comm, device: torch.device) -> DeviceMesh:
     return DeviceMesh.from_group(comm.group, device.type)
 
 
-def separated(parameters) -> list[dict[str, list[nn.Parameter]]]:
+def separated(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
     """Two parameter groups: an optimizer that steps over many tensors at once takes them group by group."""
     parameters = list(parameters)
     kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]

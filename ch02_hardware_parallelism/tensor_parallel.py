@@ -3,31 +3,33 @@
 You learn   which matrix to cut by columns and which by rows, where a gradient must be summed and where it must not,
             how to take a cross-entropy over a vocabulary that no rank holds as a whole, what all that costs in bytes
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/tensor_parallel.py --by-hand
-GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/tensor_parallel.py --width 2048 \
-                --heads 16 --layers 8 --vocab 50304 --seq-len 1024 --batch-size 8
-Cluster     srun python ch02_hardware_parallelism/tensor_parallel.py   (one task a GPU; keep it within one node)
-You see     the losses of one process, 1/N of almost all parameters on each rank, as many bytes as the formula says
-
-Also with --sequence-parallel, or any --strategy of its family: the library's (DTensor), or a grid with data parallelism.
+Sequences   the same with --sequence-parallel: t is cut too, where the matrices are not
+Others      --strategy tensor-x-data (4 ranks, a grid of 2 x 2), library-tensor or library-sequence (DTensor)
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/tensor_parallel.py \
+                --width 2048 --heads 16 --layers 8 --seq-len 1024
+Cluster     srun python ch02_hardware_parallelism/tensor_parallel.py --heads 16   (one task a GPU, all on one node)
+You see     the losses of one process, 1/N of nearly all parameters on each rank, and as many bytes as the formula says
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import nn
 
-from ch02_hardware_parallelism import alpha_beta, harness
+from ch02_hardware_parallelism import alpha_beta, harness, training
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count, trainable
 from ch02_hardware_parallelism.tensor_layers import (
-    ColumnLinear, CopyToRanks, RowLinear, SumOfRanks, VocabCrossEntropy, VocabEmbedding,
-)  # fmt: skip
-from common import dist, profiling, script
+    ColumnLinear,
+    CopyToRanks,
+    RowLinear,
+    SumOfRanks,
+    VocabCrossEntropy,
+    VocabEmbedding,
+)
+from common import logs, script
 
 FAMILY = ("tensor-parallel", "sequence-parallel", "tensor-x-data", "library-tensor", "library-sequence")
 
@@ -170,118 +172,36 @@ class TensorParallel(Strategy):
         return total
 
 
-# ---------------------------------------------------------------- the script
-
-
-def synthetic(shape: Shape, sequences: int, generator: torch.Generator, device: torch.device) -> Batch:
-    """Sequences that count up in steps of 1 to 4, from anywhere: what comes next can be learnt."""
-    start_b1, stride_b1 = (torch.randint(*span, (sequences, 1), generator=generator)
-                           for span in ((0, shape.vocab), (1, 5)))  # fmt: skip
-    tokens_bt = ((start_b1 + stride_b1 * torch.arange(shape.context + 1)) % shape.vocab).to(device)
-    return tokens_bt[:, :-1].contiguous(), tokens_bt[:, 1:].contiguous()
-
-
-def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def batches(shape: Shape, args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
-    generator = torch.Generator().manual_seed(args.seed)  # the same on every rank
-    for _ in range(args.steps):
-        yield synthetic(shape, args.batch_size, generator, device)
-
-
-def one_process(shape: Shape, args: argparse.Namespace, device: torch.device) -> list[float]:
-    """The losses that the ranks together must reproduce."""
-    model = models.build(shape, seed=args.seed).to(device)
-    optimizer, losses = sgd(model.parameters()), []
-    for inputs_bt, targets_bt in batches(shape, args, device):
-        loss = models.loss_sum(model(inputs_bt), targets_bt) / targets_bt.numel()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = script.parser(__doc__)
-    parser.add_argument("--width", type=script.at_least(1), default=192)
-    parser.add_argument("--heads", type=script.at_least(1), default=12)
-    parser.add_argument("--layers", type=script.at_least(1), default=4)
-    parser.add_argument("--vocab", type=script.at_least(8), default=768)
-    parser.add_argument("--seq-len", type=script.at_least(2), default=48)
-    parser.add_argument("--batch-size", type=script.at_least(1), default=8, help="sequences a step, of all ranks")
-    parser.add_argument("--steps", type=script.at_least(2), default=6)
-    parser.add_argument("--strategy", choices=FAMILY, default=FAMILY[0])
-    parser.add_argument("--sequence-parallel", dest="strategy", action="store_const", const="sequence-parallel")
-    parser.add_argument("--by-hand", action="store_true", help="collectives from send and receive: bytes are counted")
-    parser.add_argument("--no-reference", action="store_true", help="do not train the whole model on rank 0 as well")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
-    run = script.start(__file__, args)
-    ranks = dist.read_launch().world_size
-    _, make = harness.resolve(args.strategy)
-    shape = Shape(args.vocab, args.width, args.heads, args.layers, args.seq_len)
-    with torch.device("meta"):
-        plan = models.Transformer(shape)
-    why_not = make.why_not(plan, ranks) or (indivisible(args.heads, width=args.width) or "").replace("ranks", "heads")
-    if why_not:
-        raise script.UserError(f"{args.strategy}: {why_not}")
-    with dist.session(args.device) as ctx:
-        comm = Comm(by_hand=args.by_hand)
-        strategy = make(models.build(shape, seed=args.seed).to(ctx.device), comm, sgd)
-        profiling.reset_peak_memory(ctx.device)
-        timer, losses = profiling.StepTimer(ctx.device), []
-        for number, batch in enumerate(batches(shape, args, ctx.device), 1):
-            before = comm.total_sent_bytes()
-            timer.restart()
-            loss = strategy.backward([batch])
-            strategy.update()
-            timer.end_step()
-            sent = comm.total_sent_bytes() - before
-            losses.append(loss.item())
-            ms = timer.rows_ms()[-1]["step"]
-            run.log(step=number, loss=losses[-1], ms=ms)
-            if ctx.is_main:
-                print(f"step {number}  loss {losses[-1]:.4f}  {ms:.1f} ms", flush=True)
-        peak = profiling.memory(ctx.device)
-        result = {
-            "world_size": ranks,
-            "loss_last": losses[-1],
-            "parameters_per_rank": sum(held(p).numel() for p in strategy.model.parameters()),
-            "parameters": sum(p.numel() for p in plan.parameters()),
-            "wire_bytes_per_step": sum(ctx.gather(sent)) if args.by_hand else None,
-            "wire_bytes_formula": make.wire_bytes(shape, args.batch_size * args.seq_len, ranks, 4),
-            "step_ms": timer.median_ms()["step"],
-            "peak_mem_gib": peak.peak_gib,
-        }
-        if ctx.is_main and not args.no_reference:
-            wanted = one_process(shape, args, ctx.device)
-            result["largest_loss_difference"] = max(abs(x - y) for x, y in zip(losses, wanted, strict=True))
-        ctx.barrier("compared")
-        if ctx.is_main:
-            show(result, args, peak.source)
-        return result
-
-
 def held(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank stores of it; the library's DTensor says the size of the whole."""
+    """What this rank stores of it. (A DTensor of the library's gives the size of the whole.)"""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def show(result: dict, args: argparse.Namespace, memory_source: str) -> None:
-    share = result["parameters_per_rank"] / result["parameters"]
-    print(f"parameters  {result['parameters_per_rank']:,} a rank of {result['parameters']:,} ({share:.1%})")
-    counted = result["wire_bytes_per_step"]
-    print(f"bytes sent  {'not counted (--by-hand does)' if counted is None else f'{counted:,}'} a step by all ranks, "
-          f"by formula {result['wire_bytes_formula']:,}")  # fmt: skip
-    print(f"a step      {result['step_ms']:.1f} ms, peak {result['peak_mem_gib']:.2f} GiB a rank ({memory_source})")
-    if not args.no_reference:
-        print(f"losses      differ from one process by {result['largest_loss_difference']:.1e} at most")
+def main(argv: list[str] | None = None) -> dict:
+    parser = training.flags(__doc__)
+    parser.add_argument("--strategy", choices=FAMILY, default=FAMILY[0])
+    parser.add_argument("--sequence-parallel", dest="strategy", action="store_const", const="sequence-parallel")
+    args = parser.parse_args(argv)
+    if args.by_hand and args.strategy.startswith("library"):
+        raise script.UserError(
+            "--by-hand cannot count what the library sends; leave it out, or take another --strategy"
+        )
+    run = script.start(__file__, args)
+    _, make = harness.resolve(args.strategy)
+    tokens = args.accumulation * args.batch_size * args.seq_len
+
+    def formula(model: models.Transformer, ranks: int) -> int | None:
+        return make.wire_bytes(model.shape, tokens, ranks, itemsize=4) if hasattr(make, "wire_bytes") else None
+
+    def report(strategy: Strategy) -> dict:
+        return {"parameters_per_rank": sum(held(p).numel() for p in strategy.model.parameters())}
+
+    result = training.train_beside_one_process(make, args, run, formula, report)
+    if logs.env_rank() == 0:
+        mine, all_of_them = result["parameters_per_rank"], result["parameters"]
+        print(f"parameters a rank: {mine:,} of {all_of_them:,} ({mine / all_of_them:.1%})")
+        print(f"a step: {result['step_ms']:.1f} ms; peak memory of rank 0: {result['peak_mem_gib']:.2f} GiB")
+    return result
 
 
 if __name__ == "__main__":
