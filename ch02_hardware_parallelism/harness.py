@@ -30,6 +30,11 @@ from common.script import UserError
 
 STRATEGIES = {
     "data-parallel": "data_parallel:DataParallel",
+    "tensor-parallel": "tensor_parallel:TensorParallel",
+    "sequence-parallel": "sequence_parallel:SequenceParallel",
+    "tensor-x-data": "tensor_data:TensorDataParallel",
+    "library-tensor": "library_tensor:LibraryTensorParallel",
+    "library-sequence": "library_tensor:LibrarySequenceParallel",
     "data-parallel-buckets": "data_parallel:BucketedDataParallel",
     "zero-1": "zero1:Zero1",
     "library-ddp": "library_data:LibraryDDP",

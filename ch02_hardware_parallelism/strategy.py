@@ -29,6 +29,16 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+def sum_in_one_message(tensors: list[torch.Tensor], comm: Comm) -> None:
+    """All_reduce of them all, in place, as one flat tensor: many small messages would cost their latency each."""
+    if not tensors or comm.size == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    comm.all_reduce(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
+
+
 class Strategy:
     """A model whose training step is spread over the ranks of `comm`.
 

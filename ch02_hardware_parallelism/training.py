@@ -85,13 +85,13 @@ def train_beside_one_process(
     make: Callable[..., Strategy],
     args: argparse.Namespace,
     run: script.Run,
-    formula: Callable[[Transformer, int], int],
+    formula: Callable[[Transformer, int], int | None],
     report: Callable[[Strategy], dict] = lambda strategy: {},
 ) -> dict:
     """Train by a strategy on all ranks and in one process on rank 0, print both, and return what RESULT holds.
 
     Args:
-        formula: payload bytes that all ranks send in a step, from the whole model and the number of ranks.
+        formula: payload bytes that all ranks send in a step, from the whole model and the number of ranks; or None.
         report: further RESULT fields, from the trained strategy.
     """
     with dist.session(args.device) as ctx:
@@ -121,7 +121,8 @@ def train_beside_one_process(
         difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
         if ctx.is_main:
             told = f"counted {counted:,}" if args.by_hand else "not counted (--by-hand counts)"
-            print(f"bytes on the wire a step, all ranks: by formula {wanted_bytes:,}, {told}")
+            wanted = "unknown" if wanted_bytes is None else f"{wanted_bytes:,}"
+            print(f"bytes on the wire a step, all ranks: by formula {wanted}, {told}")
         return {
             "world_size": ctx.world_size,
             "loss_first": losses[0],

@@ -1,0 +1,112 @@
+"""Sequence parallelism beside tensor parallelism: between the parallel regions each rank keeps 1/N of the positions.
+
+Tensor parallelism leaves norms and residuals whole on every rank: N times the same work, N times the same activations.
+An all_reduce is a reduce_scatter and an all_gather. Korthikanti et al. ("Reducing Activation Recomputation in Large
+Transformer Models", arXiv:2205.05198) put the first where a region ends and the second where the next one begins: in
+between there is t / N, for the same bytes.
+
+The price: each rank sees its own positions only, so its gradients of what all ranks hold (norms, positions, biases of
+row layers) are one term of a sum. They are added up once a step. Forget it, and the losses look fine for a while.
+
+As a script: tensor_parallel.py --sequence-parallel. (The paper also gathers the input of a region once more in backward
+instead of keeping it; here autograd keeps it.) The suffix T is a rank's part of the positions, T = t / N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ch02_hardware_parallelism import alpha_beta, tensor_parallel
+from ch02_hardware_parallelism import model as models
+from ch02_hardware_parallelism.comm import Comm
+from ch02_hardware_parallelism.model import Shape
+from ch02_hardware_parallelism.strategy import sum_in_one_message
+from ch02_hardware_parallelism.tensor_parallel import TensorParallel, indivisible
+
+TIME = 1  # the dimension of t in [b, t, d]
+
+
+class GatherPositions(torch.autograd.Function):
+    """Where a parallel region begins: all_gather forward, reduce_scatter backward. [b, T, d] -> [b, t, d]"""
+
+    @staticmethod
+    def forward(ctx: Any, x_bTd: torch.Tensor, comm: Comm) -> torch.Tensor:
+        ctx.comm = comm
+        return comm.all_gather(x_bTd, TIME)
+
+    @staticmethod
+    def backward(ctx: Any, grad_btd: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.comm.reduce_scatter(grad_btd, TIME), None
+
+
+class ScatterSum(torch.autograd.Function):
+    """Where it ends: reduce_scatter forward, all_gather backward. [b, t, d], one term of a sum -> [b, T, d]"""
+
+    @staticmethod
+    def forward(ctx: Any, x_btd: torch.Tensor, comm: Comm) -> torch.Tensor:
+        ctx.comm = comm
+        return comm.reduce_scatter(x_btd, TIME)
+
+    @staticmethod
+    def backward(ctx: Any, grad_bTd: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.comm.all_gather(grad_bTd, TIME), None
+
+
+class OwnPositions(nn.Module):
+    """The position embedding of this rank's positions: places [t] -> [T, d]. Every rank holds all of its rows."""
+
+    def __init__(self, whole: nn.Embedding, comm: Comm) -> None:
+        super().__init__()
+        self.weight, self.comm = whole.weight, comm
+
+    def forward(self, places_t: torch.Tensor) -> torch.Tensor:
+        if len(places_t) % self.comm.size:
+            raise ValueError(f"{len(places_t)} positions do not divide by {self.comm.size} ranks; pad the sequences")
+        return F.embedding(places_t.chunk(self.comm.size)[self.comm.rank], self.weight)
+
+
+def replicated_parameters(shape: Shape) -> int:
+    """Numbers in the norms (weight and bias), the biases of row layers (two a layer) and the position embedding."""
+    return (2 * (2 * shape.layers + 1) + 2 * shape.layers + shape.context) * shape.width
+
+
+def wire_bytes(shape: Shape, tokens: int, ranks: int, itemsize: int, frozen: int = 0) -> int:
+    """As in tensor_parallel, with `frozen` numbers of the replicated parameters frozen.
+
+    Each all_reduce there is an all_gather or a reduce_scatter here, and its counterpart follows in the next region:
+    forward 2 layers + 1 of each, backward as many: together the same bytes. Added is one all_reduce of the replicated
+    parameters' gradients a step, however many micro-batches it has.
+    """
+    copies = (replicated_parameters(shape) - frozen) * itemsize
+    return tensor_parallel.wire_bytes(shape, tokens, ranks, itemsize) + alpha_beta.total_wire_bytes(
+        "all_reduce", copies, ranks
+    )
+
+
+class SequenceParallel(TensorParallel):
+    """Tensor parallelism with the positions shared out between its regions."""
+
+    wire_bytes = staticmethod(wire_bytes)
+
+    @staticmethod
+    def why_not(model: models.Transformer, ranks: int) -> str | None:
+        return TensorParallel.why_not(model, ranks) or indivisible(ranks, sequence_length=model.shape.context)
+
+    def shard(self, model: models.Transformer) -> None:
+        super().shard(model)
+        model.embedding.position = OwnPositions(model.embedding.position, self.comm)
+
+    def enter(self, x_bTd: torch.Tensor) -> torch.Tensor:
+        return GatherPositions.apply(x_bTd, self.comm)
+
+    def leave(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return ScatterSum.apply(x_btd, self.comm)
+
+    def synchronize(self, loss: torch.Tensor) -> None:
+        """The loss is whole: the head gathers all positions. The copies' gradients are not."""
+        _, replicated = self.gradients_held()
+        sum_in_one_message(replicated, self.comm)

@@ -1,0 +1,208 @@
+"""Tensor parallelism from scratch: every matrix cut between the ranks, two sums a layer forward and two backward.
+
+You learn   which matrix to cut by columns and which by rows, where a gradient must be summed and where it must not,
+            how to take a cross-entropy over a vocabulary that no rank holds as a whole, what all that costs in bytes
+Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/tensor_parallel.py --by-hand
+Sequences   the same with --sequence-parallel: t is cut too, where the matrices are not
+Others      --strategy tensor-x-data (4 ranks, a grid of 2 x 2), library-tensor or library-sequence (DTensor)
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/tensor_parallel.py \
+                --width 2048 --heads 16 --layers 8 --seq-len 1024
+Cluster     srun python ch02_hardware_parallelism/tensor_parallel.py --heads 16   (one task a GPU, all on one node)
+You see     the losses of one process, 1/N of nearly all parameters on each rank, and as many bytes as the formula says
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ch02_hardware_parallelism import alpha_beta, harness, training
+from ch02_hardware_parallelism import model as models
+from ch02_hardware_parallelism.comm import Comm
+from ch02_hardware_parallelism.model import Shape
+from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count, trainable
+from ch02_hardware_parallelism.tensor_layers import (
+    ColumnLinear,
+    CopyToRanks,
+    RowLinear,
+    SumOfRanks,
+    VocabCrossEntropy,
+    VocabEmbedding,
+)
+from common import logs, script
+
+FAMILY = ("tensor-parallel", "sequence-parallel", "tensor-x-data", "library-tensor", "library-sequence")
+
+
+def wire_bytes(shape: Shape, tokens: int, ranks: int, itemsize: int) -> int:
+    """Payload bytes that all ranks together send in a step of `tokens` tokens (of all micro-batches), all trainable.
+
+    All_reduces of [b, t, d]: forward the embedding, and each layer's attention and MLP; backward the inputs of each
+    layer's attention and MLP, and of the head. That is 4 layers + 2. Three numbers a token for the loss.
+    """
+    numbers = tokens * ((4 * shape.layers + 2) * shape.width + 3)
+    return alpha_beta.total_wire_bytes("all_reduce", numbers * itemsize, ranks)
+
+
+def indivisible(ranks: int, **sizes: int) -> str | None:
+    """Which of the sizes cannot be cut into `ranks` equal parts, and what to change."""
+    for name, size in sizes.items():
+        if size % ranks:
+            name = name.replace("_", " ")
+            return f"{name} {size} does not divide by {ranks} ranks; make it a multiple of {ranks}, or change the ranks"
+    return None
+
+
+class TensorParallel(Strategy):
+    """Each rank holds a slice of every matrix and works on the whole batch (Megatron-LM, arXiv:1909.08053).
+
+    What is not cut (norms, positions, biases of row layers) is on every rank, and its gradients need no sum: between
+    the parallel regions all ranks compute the same from the same numbers, and where a gradient comes out of a region it
+    has been summed (CopyToRanks). Copies that start equal stay equal.
+    """
+
+    wire_bytes = staticmethod(wire_bytes)
+
+    def __init__(self, model: models.Transformer, comm: Comm, make_optimizer: MakeOptimizer) -> None:
+        """Cuts `model`, which must be the same on every rank; its layers are replaced."""
+        self.comm = comm
+        self.shard(model)
+        super().__init__(model, comm, make_optimizer)
+        self.shard_dims = {  # by parameter name; a tied weight is here under both of its names
+            f"{path}.{name}": dim
+            for path, layer in model.named_modules()
+            for name, dim in getattr(layer, "shard_dims", {}).items()
+        }
+
+    @staticmethod
+    def why_not(model: models.Transformer, ranks: int) -> str | None:
+        shape = model.shape
+        return indivisible(ranks, heads=shape.heads, MLP_width=shape.mlp, vocabulary=shape.vocab)
+
+    # ------------------------------------------------------------ cutting the model
+
+    def shard(self, model: models.Transformer) -> None:
+        for block in model.blocks:
+            attention, mlp = block.attention, block.mlp
+            attention.q, attention.k, attention.v = map(self.column, (attention.q, attention.k, attention.v))
+            attention.out = self.row(attention.out)  # cut between heads: a head's k columns stay together
+            mlp.up, mlp.down = self.column(mlp.up), self.row(mlp.down)
+            self.begin_region_at(attention)  # once for q, k and v: three times would send three times the bytes
+            self.begin_region_at(mlp)
+        model.embedding.token, model.head = self.shard_vocabulary(model.embedding.token, model.head)
+        self.begin_region_at(model.head)
+
+    def shard_vocabulary(self, token: nn.Embedding, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+        """Both are cut between words, so that tied ones can share one shard."""
+        embedding, column = self.embedding(token), self.column(head)
+        if head.weight is token.weight:
+            column.weight = embedding.weight
+        return embedding, column
+
+    def column(self, whole: nn.Linear) -> nn.Module:
+        return ColumnLinear(whole, self.comm)
+
+    def row(self, whole: nn.Linear) -> nn.Module:
+        return RowLinear(whole, self.comm, self.leave)
+
+    def embedding(self, whole: nn.Embedding) -> nn.Module:
+        return VocabEmbedding(whole, self.comm, self.leave)
+
+    def begin_region_at(self, layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(lambda _, inputs: (self.enter(inputs[0]),))
+
+    def enter(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """What a parallel region begins with."""
+        return CopyToRanks.apply(x_btd, self.comm)
+
+    def leave(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """What it ends with."""
+        return SumOfRanks.apply(x_btd, self.comm)
+
+    # ------------------------------------------------------------ a step
+
+    def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
+        tokens = token_count(micro_batches)
+        loss = next(self.model.parameters()).new_zeros(())
+        for batch in micro_batches:
+            inputs_bt, targets_bt = self.my_share(batch)
+            part = self.loss_sum(self.model(inputs_bt), targets_bt) / tokens
+            part.backward()
+            loss += part.detach()
+        self.synchronize(loss)
+        return loss
+
+    def my_share(self, batch: Batch) -> Batch:
+        """All of it: the ranks share out the model, not the data."""
+        return batch
+
+    def loss_sum(self, logits_btV: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
+        return VocabCrossEntropy.apply(logits_btV, targets_bt, self.comm).sum()
+
+    def synchronize(self, loss: torch.Tensor) -> None:
+        """After the last micro-batch. Nothing is left to sum, neither gradients (see above) nor the loss."""
+
+    # ------------------------------------------------------------ what the ranks hold together
+
+    def gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        return self.comm.all_gather(part, self.shard_dims[name]) if name in self.shard_dims else part
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: self.gather(name, p.grad) for name, p in trainable(self.model) if p.grad is not None}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: self.gather(name, p.detach()) for name, p in self.model.named_parameters()}
+
+    def squared_norm(self) -> torch.Tensor:
+        """Shards are summed over the ranks; copies are counted once, though every rank has them."""
+        sharded, replicated = self.gradients_held()
+        total = self.sum_of_squares(sharded)
+        self.comm.all_reduce(total)
+        return total + self.sum_of_squares(replicated)
+
+    def gradients_held(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """This rank's gradients: those of its shards, and those of what every rank has."""
+        held = [(name in self.shard_dims, p.grad) for name, p in trainable(self.model) if p.grad is not None]
+        return [grad for cut, grad in held if cut], [grad for cut, grad in held if not cut]
+
+    def sum_of_squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        total = next(self.model.parameters()).new_zeros(())
+        for gradient in gradients:
+            total += gradient.square().sum()
+        return total
+
+
+def held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank stores of it. (A DTensor of the library's gives the size of the whole.)"""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = training.flags(__doc__)
+    parser.add_argument("--strategy", choices=FAMILY, default=FAMILY[0])
+    parser.add_argument("--sequence-parallel", dest="strategy", action="store_const", const="sequence-parallel")
+    args = parser.parse_args(argv)
+    if args.by_hand and args.strategy.startswith("library"):
+        raise script.UserError(
+            "--by-hand cannot count what the library sends; leave it out, or take another --strategy"
+        )
+    run = script.start(__file__, args)
+    _, make = harness.resolve(args.strategy)
+    tokens = args.accumulation * args.batch_size * args.seq_len
+
+    def formula(model: models.Transformer, ranks: int) -> int | None:
+        return make.wire_bytes(model.shape, tokens, ranks, itemsize=4) if hasattr(make, "wire_bytes") else None
+
+    def report(strategy: Strategy) -> dict:
+        return {"parameters_per_rank": sum(held(p).numel() for p in strategy.model.parameters())}
+
+    result = training.train_beside_one_process(make, args, run, formula, report)
+    if logs.env_rank() == 0:
+        mine, all_of_them = result["parameters_per_rank"], result["parameters"]
+        print(f"parameters a rank: {mine:,} of {all_of_them:,} ({mine / all_of_them:.1%})")
+        print(f"a step: {result['step_ms']:.1f} ms; peak memory of rank 0: {result['peak_mem_gib']:.2f} GiB")
+    return result
+
+
+if __name__ == "__main__":
+    script.run(main)
