@@ -18,7 +18,15 @@ from torch import nn
 from ch02_hardware_parallelism import training
 from ch02_hardware_parallelism.comm import Comm, Handle
 from ch02_hardware_parallelism.model import loss_sum
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, share, token_count, trainable
+from ch02_hardware_parallelism.strategy import (
+    Batch,
+    MakeOptimizer,
+    Strategy,
+    share,
+    sum_in_one_message,
+    token_count,
+    trainable,
+)
 from common import script
 
 
@@ -60,11 +68,7 @@ class DataParallel(Strategy):
 
     def synchronize(self) -> None:
         """Sum the gradients over the ranks: in one message, since each message costs its latency."""
-        gradients = [p.grad for _, p in trainable(self.model)]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.comm.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        sum_in_one_message([p.grad for _, p in trainable(self.model)], self.comm)
 
 
 class Bucket:

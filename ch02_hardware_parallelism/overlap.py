@@ -5,8 +5,8 @@ Laptop      python ch02_hardware_parallelism/overlap.py --rates 200mbit,1gbit,5g
 Loopback    torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/overlap.py
 GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/overlap.py --width 1024 --layers 12
 Cluster     srun python ch02_hardware_parallelism/overlap.py --width 1024 --layers 12
-You see     naive hides nothing. Buckets hide what fits beside backward: most on a fast link, a part on a slow one, where
-            the step is as long as its messages. Ours against DDP's, step by step in one run.
+You see     naive hides nothing. Buckets hide what fits beside backward: most on a fast link, a part on a slow one,
+            where the step is as long as its messages. Ours against DDP's, step by step in one run.
 
 compute is a step in which the collectives do nothing; communication is the collectives alone, without any compute;
 exposed = step - compute; hidden = 1 - exposed / communication.
