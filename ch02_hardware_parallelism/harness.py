@@ -30,6 +30,11 @@ from common.script import UserError
 
 STRATEGIES = {
     "data-parallel": "data_parallel:DataParallel",
+    "pipeline-gpipe": "pipeline_parallel:GPipe",
+    "pipeline-1f1b": "pipeline_parallel:OneFOneB",
+    "pipeline-x-data": "pipeline_data_parallel:PipelineDataParallel",
+    "library-gpipe": "library_pipeline:LibraryGPipe",
+    "library-1f1b": "library_pipeline:LibraryOneFOneB",
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 STEPS = 2
