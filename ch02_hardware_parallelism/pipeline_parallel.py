@@ -29,41 +29,19 @@ from torch import nn
 from ch02_hardware_parallelism import one_process
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape, build, loss_sum
+from ch02_hardware_parallelism.schedules import Op, bubble_formula, peak_live, schedule
 from ch02_hardware_parallelism.stages import Stage, gradient_flows, wire_bytes
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count
 from ch02_hardware_parallelism.timeline import Event, bubble, draw
 from common import dist, script
 from common.logs import get_logger
 
-log = get_logger()
-Op = tuple[str, int]  # ("forward" or "backward", chunk)
-
-
-def schedule(kind: str, stage: int, stages: int, chunks: int) -> list[Op]:
-    """What `stage` computes, in order. All messages follow from it.
-
-    gpipe: all forwards, then all backwards. 1f1b: as many forwards as there are stages behind this one, then one
-    forward and one backward in turn: each backward frees an activation before the next forward needs room.
-    """
-    forwards = [("forward", chunk) for chunk in range(chunks)]
-    backwards = [("backward", chunk) for chunk in range(chunks)]
-    ahead = chunks if kind == "gpipe" else min(stages - 1 - stage, chunks)
-    in_turn = itertools.chain(*zip(forwards[ahead:], backwards, strict=False))
-    return [*forwards[:ahead], *in_turn, *backwards[chunks - ahead :]]
-
-
-def peak_live(order: list[Op]) -> int:
-    """The most chunks that are past their forward and before the end of their backward: activations in memory."""
-    return max(itertools.accumulate(1 if kind == "forward" else -1 for kind, _ in order))
-
-
-def bubble_formula(stages: int, chunks: int) -> float:
-    """Idle share of all stages' time, if all chunks take the same time everywhere and messages none. Both schedules."""
-    return (stages - 1) / (chunks + stages - 1)
-
 
 class GPipe(Strategy):
-    """Rank r is stage r. Every message goes to a neighbour: activations [b, t, d] forward, their gradients back."""
+    """Rank r is stage r. Every message goes to a neighbour: activations [b, t, d] forward, their gradients back.
+
+    All ranks are given the same whole model, and keep their stage of it.
+    """
 
     kind = "gpipe"
     chunks = 4
@@ -74,7 +52,7 @@ class GPipe(Strategy):
         self.model, self.comm = Stage(model, self.stage, self.stages), comm
         self.optimizer = make_optimizer(self.model.parameters())  # frozen ones too: a stage may have no others
         self.flows = gradient_flows(model, self.stages)
-        self.width, self.like = model.shape.width, model.embedding.token.weight.detach()[0, :0]  # dtype and device
+        self.width, self.like = model.shape.width, model.norm.weight.new_empty(0)  # like: dtype and device
         self.tied = model.head.weight if model.shape.tied and self.stages > 1 and (self.first or self.last) else None
         self.live: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # chunk: input and output, until its backward
         self.arrived: dict[Op, torch.Tensor] = {}  # what the neighbours sent for an operation to come
@@ -97,11 +75,13 @@ class GPipe(Strategy):
     def run_round(self, batch: Batch) -> None:
         """One micro-batch, cut into chunks, through the pipeline and back; all stages are idle at its end."""
         self.pieces = self.cut(batch)
-        order = schedule(self.kind, self.stage, self.stages, self.chunks)
-        for done, following in itertools.pairwise([None, *order, None]):
+        for done, following in itertools.pairwise([None, *self.order(), None]):
             self.exchange(done, following)
             if following:
                 self.compute(following)
+
+    def order(self) -> list[Op]:
+        return schedule(self.kind, self.stage, self.stages, self.chunks)
 
     def cut(self, batch: Batch) -> list[Batch]:
         """The chunks: all ranks know the sizes, also where they are uneven.
@@ -111,15 +91,14 @@ class GPipe(Strategy):
         """
         inputs_bt, targets_bt = batch
         if len(inputs_bt) < self.chunks:
-            why = f"{self.chunks} chunks of {len(inputs_bt)} sequences"
-            raise script.UserError(f"{why}; take fewer chunks or a larger batch")
+            raise script.UserError(f"{self.chunks} chunks of {len(inputs_bt)} sequences; take fewer or a larger batch")
         return list(zip(inputs_bt.tensor_split(self.chunks), targets_bt.tensor_split(self.chunks), strict=True))
 
     def exchange(self, done: Op | None, following: Op | None) -> None:
         """Send what `done` made while receiving what `following` needs.
 
-        Together, for in 1F1B two neighbours have something for each other at the same time: if both sent first, and
-        received then, they would wait for ever (NCCL, and gloo with large messages).
+        Together, for in 1F1B two neighbours have something for each other at the same time: if each waited until the
+        other has taken it, and received only then, both would wait for ever.
         """
         sends, receives = [], []
         if done and done[0] == "forward" and not self.last:
@@ -135,11 +114,9 @@ class GPipe(Strategy):
 
     def source(self, op: Op | None) -> int | None:
         """The stage whose message `op` waits for, if any."""
-        if op and op[0] == "forward" and not self.first:
-            return self.stage - 1
-        if op and op[0] == "backward" and not self.last and self.flows[self.stage]:
-            return self.stage + 1
-        return None
+        if op and op[0] == "forward":
+            return None if self.first else self.stage - 1
+        return self.stage + 1 if op and not self.last and self.flows[self.stage] else None
 
     def compute(self, op: Op) -> None:
         begin = self.clock()
@@ -154,10 +131,8 @@ class GPipe(Strategy):
         return time.perf_counter()
 
     def forward_chunk(self, chunk: int) -> None:
-        if self.first:
-            x = self.pieces[chunk][0]
-        else:
-            x = self.arrived.pop(("forward", chunk)).requires_grad_(self.flows[self.stage - 1])
+        x = self.pieces[chunk][0] if self.first else self.arrived.pop(("forward", chunk))
+        x.requires_grad_(not self.first and self.flows[self.stage - 1])
         out = self.model(x)
         if self.last:
             out = self.chunk_loss(out, self.pieces[chunk][1])
@@ -247,7 +222,9 @@ def main(argv: list[str] | None = None) -> dict:
         if reason := GPipe.why_not(model, ctx.world_size):
             raise script.UserError(f"{reason}, or raise --layers")
         if ctx.device.type == "cpu" and ctx.launch.local_world_size > script.usable_cores():
-            log.warning("more ranks than cores: stages wait for a core as for each other, the bubble says nothing")
+            get_logger().warning(
+                "more ranks than cores: stages wait for a core as for each other, the bubble says nothing"
+            )
         data = list(one_process.batches(shape, args.batch_size, args.steps, args.seed))
         wanted = one_process.losses(shape, data, args.seed, ctx.device) if ctx.is_main else []
         ctx.barrier("one process")
