@@ -61,8 +61,8 @@ class GPipe(Strategy):
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:
-        blocks = len(model.blocks)
-        return f"{ranks} stages, but only {blocks} blocks; take {blocks} ranks or fewer" if ranks > blocks else None
+        most = len(model.blocks)
+        return f"{ranks} stages for {most} block(s); start at most {most} rank(s)" if ranks > most else None
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         self.tokens, self.loss = token_count(micro_batches), self.like.new_zeros(())
@@ -98,7 +98,8 @@ class GPipe(Strategy):
         """Send what `done` made while receiving what `following` needs.
 
         Together, for in 1F1B two neighbours have something for each other at the same time: if each waited until the
-        other has taken it, and received only then, both would wait for ever.
+        other has taken it, and received only then, both would wait for ever. Waiting for all of it before going on
+        costs nothing where the stages are equally fast: the bubble is still the formula's.
         """
         sends, receives = [], []
         if done and done[0] == "forward" and not self.last:
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict:
         model = build(shape, seed=args.seed, device=str(ctx.device))
         if reason := GPipe.why_not(model, ctx.world_size):
             raise script.UserError(f"{reason}, or raise --layers")
-        if ctx.device.type == "cpu" and ctx.launch.local_world_size > script.usable_cores():
+        if ctx.is_main and ctx.device.type == "cpu" and ctx.launch.local_world_size > script.usable_cores():
             get_logger().warning(
                 "more ranks than cores: stages wait for a core as for each other, the bubble says nothing"
             )

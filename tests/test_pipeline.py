@@ -16,14 +16,14 @@ from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import Case, Outcome, Problem
 from ch02_hardware_parallelism.library_pipeline import NO_TARGET, LibraryOneFOneB, fill_up
 from ch02_hardware_parallelism.pipeline_data_parallel import PipelineDataParallel
-from ch02_hardware_parallelism.pipeline_parallel import GPipe, OneFOneB
+from ch02_hardware_parallelism.pipeline_parallel import GPipe, OneFOneB, main
 from ch02_hardware_parallelism.schedules import bubble_formula, peak_live, schedule
 from ch02_hardware_parallelism.stages import wire_bytes
 from ch02_hardware_parallelism.timeline import Event, bubble, draw
 from common import dist
 from common.script import UserError
 from tests import inprocess
-from tests.spawn import run_ranks, torchrun, values
+from tests.spawn import run_ranks, values
 
 SCRIPT = "ch02_hardware_parallelism/pipeline_parallel.py"
 BY_HAND = ["pipeline-gpipe", "pipeline-1f1b"]
@@ -151,7 +151,7 @@ def test_nothing_is_sent_back_where_nothing_learns() -> None:
 
 def test_more_stages_than_blocks_is_refused_with_what_to_do() -> None:
     model = Problem().build(Case())
-    assert "take 4 ranks or fewer" in GPipe.why_not(model, 5)
+    assert "at most 4 rank(s)" in GPipe.why_not(model, 5)
     assert GPipe.why_not(model, 4) is None
     assert "even" in PipelineDataParallel.why_not(model, 3)
     assert "more chunks" in LibraryOneFOneB.why_not(model, 5)
@@ -237,11 +237,12 @@ def test_live_activations(kind: type[GPipe], peaks: list[int]) -> None:
     assert all(why == "13 chunks of 12 sequences; take fewer or a larger batch" for _, _, why in seen)
 
 
-def test_the_script_under_torchrun(tmp_path: Path) -> None:
+def test_the_script_on_two_ranks(tmp_path: Path) -> None:
     flags = ["--width", "48", "--layers", "4", "--context", "16", "--steps", "3", "--batch-size", "9", "--chunks", "4"]
-    done = torchrun(SCRIPT, 2, [*flags, "--device", "cpu", "--run-dir", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    result = done.result
+    ranks = run_ranks(main, 2, [*flags, "--device", "cpu", "--run-dir", str(tmp_path)])
+    result, nothing = values(ranks)
+    assert nothing == {}
+    assert "activations alive, by stage  2 1" in ranks[0].stdout
     assert result["wire_bytes_per_step"] == result["wire_bytes_formula"] > 0
     assert result["largest_loss_difference"] < 1e-5
     assert result["bubble_formula"] == pytest.approx(0.2)
