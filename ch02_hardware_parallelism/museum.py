@@ -24,18 +24,15 @@ from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.training import Text, adamw, flags, shape_of
 from common import dist, ranks, script
 
+HealthyCurves = dict[tuple[type[Strategy], int], list[list[float]]]  # by strategy and batch, one a seed
 TAIL = 10  # steps whose mean is the final loss
 
 
-def curve(make: type[Strategy], args: argparse.Namespace, seed: int) -> list[float]:
-    """The losses of a training by `make` with AdamW and clipping, as people train. Called on every rank.
-
-    `seed` draws the weights and the order of the text.
-    """
-    own = argparse.Namespace(**{**vars(args), "seed": seed})
+def curve(make: type[Strategy], args: argparse.Namespace) -> list[float]:
+    """The losses of a training by `make` with AdamW and clipping, as people train. Called on every rank."""
     with dist.session("cpu", timeout_s=60, threads=1) as ctx:
-        strategy = make(build(shape_of(own), seed=seed), Comm(), adamw(args.lr))
-        text, losses = Text(own, ctx.device), []
+        strategy = make(build(shape_of(args), seed=args.seed), Comm(), adamw(args.lr))
+        text, losses = Text(args, ctx.device), []
         for _ in range(args.steps):
             losses.append(strategy.backward(text.step()).item())
             strategy.clip(1.0)
@@ -74,21 +71,23 @@ def final(losses: list[float]) -> float:
     return statistics.mean(losses[-TAIL:])
 
 
-def visit(name: str, args: argparse.Namespace, healthy: dict[type[Strategy], list[list[float]]]) -> Exhibit:
+def visit(name: str, args: argparse.Namespace, healthy: HealthyCurves) -> Exhibit:
     """Train with the bug, and let the harness look at it. `healthy` keeps healthy curves from one bug to the next."""
     bug = find_bug(name)
 
     def train(make: type[Strategy], seed: int) -> list[float]:
-        started = ranks.run_ranks(curve, bug.ranks, make, args, seed, timeout_s=300)
+        own = argparse.Namespace(**{**vars(args), "seed": seed, "batch_size": bug.sequences})
+        started = ranks.run_ranks(curve, bug.ranks, make, own, timeout_s=300)
         return ranks.values(started)[0]
 
-    if bug.healthy not in healthy:
-        healthy[bug.healthy] = [train(bug.healthy, args.seed + number) for number in range(args.seeds)]
+    key = bug.healthy, bug.sequences
+    if key not in healthy:
+        healthy[key] = [train(bug.healthy, args.seed + number) for number in range(args.seeds)]
     broken = train(bug.broken, args.seed)
     cases = [case for case in harness.all_cases([bug.ranks], [4], ["float64"]) if not case.frozen]
     found = [outcome.diagnosis() for outcome in harness.check([bug.broken], cases) if not outcome.ok]
     plainest = min(found, key=lambda text: ("times" not in text, len(text)), default="")  # a factor says most
-    return Exhibit(name, broken, healthy[bug.healthy], plainest)
+    return Exhibit(name, broken, healthy[key], plainest)
 
 
 def draw(exhibits: list[Exhibit], run: script.Run) -> None:
@@ -121,9 +120,7 @@ def draw(exhibits: list[Exhibit], run: script.Run) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = flags(__doc__)
-    parser.set_defaults(
-        steps=60, width=64, layers=2, vocab=512, seq_len=32, batch_size=7, accumulation=2, lr=2e-3
-    )  # 7 sequences do not divide by the ranks
+    parser.set_defaults(steps=60, width=64, layers=2, vocab=512, seq_len=32, accumulation=2, lr=2e-3)
     parser.add_argument("--bug", default="all", help=f"all, or one of: {', '.join(BUGS)}")
     parser.add_argument("--seeds", type=script.at_least(2), default=4, help="healthy runs to know the spread by")
     args = parser.parse_args(argv)
@@ -134,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise script.UserError("the museum starts its own ranks; start it with plain python")
     shape_of(args)
     run = script.start(__file__, args)
-    healthy: dict[type[Strategy], list[list[float]]] = {}
+    healthy: HealthyCurves = {}
     exhibits = []
     for name in names:
         exhibit = visit(name, args, healthy)
