@@ -16,11 +16,15 @@ class Event(NamedTuple):
     chunk: int
 
 
+def span_s(stages: Sequence[Sequence[Event]]) -> float:
+    """From the first operation's begin to the last one's end."""
+    return max(e.end_s for stage in stages for e in stage) - min(e.begin_s for stage in stages for e in stage)
+
+
 def bubble(stages: Sequence[Sequence[Event]]) -> float:
     """Idle share of all stages' time between the first operation's begin and the last one's end."""
-    events = [event for stage in stages for event in stage]
-    whole_s = max(event.end_s for event in events) - min(event.begin_s for event in events)
-    return 1 - sum(event.end_s - event.begin_s for event in events) / (len(stages) * whole_s)
+    busy_s = sum(event.end_s - event.begin_s for stage in stages for event in stage)
+    return 1 - busy_s / (len(stages) * span_s(stages))
 
 
 def draw(stages: Sequence[Sequence[Event]], title: str, path: Path) -> None:
