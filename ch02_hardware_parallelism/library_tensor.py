@@ -4,9 +4,10 @@ The same model, cut the same way as in tensor_parallel.py and sequence_parallel.
 placed on the ranks (Shard(dim), Replicate) and what its input and output look like; where two layouts differ, DTensor
 inserts the collective, and its opposite in backward. What the plan does not say stays an ordinary tensor.
 
-As a script: tensor_parallel.py --strategy library-tensor (or library-sequence). Four things to know, seen in PyTorch
-2.13 and set right below: tied weights come apart; SequenceParallel makes frozen parameters trainable; a fused optimizer
-step may not mix DTensors with ordinary tensors; and a gradient may stay Partial, a sum not yet taken.
+As a script: tensor_parallel.py --strategy library-tensor (or library-sequence). All of it runs on gloo. Four things to
+know, seen in PyTorch 2.13 and set right below: tied weights come apart; SequenceParallel makes frozen parameters
+trainable; an optimizer that steps over many tensors at once may not mix DTensors with ordinary ones; and a gradient may
+stay Partial, a sum not yet taken.
 """
 
 from __future__ import annotations
