@@ -122,21 +122,24 @@ class Comm:
             allreduce.ring_all_gather(parts, self.peers, owned=self.rank)
         else:
             td.all_gather(list(whole.chunk(self.size)), part, group=self.group)
-        return whole.movedim(0, dim)
+        return whole.movedim(0, dim).contiguous()  # else every layer that reads it would make its own copy
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """This rank's part, along `dim`, of the sum over the ranks. The ranks' parts are equal."""
+        """This rank's part, along `dim`, of the sum over the ranks. The ranks' parts are equal.
+
+        Always by hand on gloo, whose own is an all_reduce underneath and sends twice as much.
+        """
         if self.size == 1:
             return x
         whole = x.movedim(dim, 0).contiguous()
-        if self.by_hand:
+        if self.by_hand or td.get_backend(self.group) == "gloo":
             whole = whole.clone() if whole.data_ptr() == x.data_ptr() else whole
             parts = list(whole.chunk(self.size))
             allreduce.ring_reduce_scatter(parts, self.peers, owned=self.rank)
-            return parts[self.rank].clone().movedim(0, dim)
+            return parts[self.rank].movedim(0, dim).clone(memory_format=torch.contiguous_format)
         part = torch.empty_like(whole.chunk(self.size)[self.rank])
         td.reduce_scatter(part, [p.contiguous() for p in whole.chunk(self.size)], group=self.group)
-        return part.movedim(0, dim)
+        return part.movedim(0, dim).contiguous()
 
     def broadcast(self, x: torch.Tensor, source: int = 0) -> None:
         """Everybody gets `source`'s x, in place."""

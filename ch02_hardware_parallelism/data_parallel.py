@@ -4,7 +4,7 @@ You learn   why every rank must start from the same weights, what to divide by, 
             after the last micro-batch
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/data_parallel.py
 Counted     torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/data_parallel.py --by-hand
-GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/data_parallel.py --width 768 --layers 12
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/data_parallel.py --width 768
 Cluster     srun python ch02_hardware_parallelism/data_parallel.py --width 768 --layers 12
 You see     the losses of one process to seven digits, and 2 (N-1) x gradient bytes on the wire, counted and by formula.
             How much of that the buckets hide: overlap.py
@@ -18,7 +18,15 @@ from torch import nn
 from ch02_hardware_parallelism import training
 from ch02_hardware_parallelism.comm import Comm, Handle
 from ch02_hardware_parallelism.model import loss_sum
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, share, token_count, trainable
+from ch02_hardware_parallelism.strategy import (
+    Batch,
+    MakeOptimizer,
+    Strategy,
+    share,
+    sum_in_one_message,
+    token_count,
+    trainable,
+)
 from common import script
 
 
@@ -34,16 +42,16 @@ class DataParallel(Strategy):
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         divisor = self.divisor(micro_batches)
-        loss = next(self.model.parameters()).new_zeros(())
+        seen = next(self.model.parameters()).new_zeros(2)  # sum of the losses, tokens
         for number, batch in enumerate(micro_batches):
             self.begin(last=number == len(micro_batches) - 1)
             inputs_bt, targets_bt = self.share(batch)
-            part = loss_sum(self.model(inputs_bt), targets_bt) / divisor
-            part.backward()
-            loss += part.detach()
+            loss = loss_sum(self.model(inputs_bt), targets_bt)
+            (loss / divisor).backward()
+            seen += torch.stack([loss.detach(), loss.new_tensor(targets_bt.numel())])
         self.synchronize()
-        self.comm.all_reduce(loss)
-        return loss
+        self.comm.all_reduce(seen)
+        return seen[0] / seen[1]
 
     def divisor(self, micro_batches: list[Batch]) -> int:
         """All tokens of the step, so that the sum over ranks is the mean over tokens.
@@ -60,11 +68,7 @@ class DataParallel(Strategy):
 
     def synchronize(self) -> None:
         """Sum the gradients over the ranks: in one message, since each message costs its latency."""
-        gradients = [p.grad for _, p in trainable(self.model)]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.comm.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        sum_in_one_message([p.grad for _, p in trainable(self.model)], self.comm)
 
 
 class Bucket:
@@ -140,9 +144,10 @@ class BucketedDataParallel(DataParallel):
             hook.remove()
 
 
-def wire_bytes(gradient_numbers: int, ranks: int, itemsize: int, loss_bytes: int | None = None) -> int:
-    """Payload that all ranks send in a step: an all_reduce moves each byte 2 (N-1) times, gradients and the loss."""
-    return 2 * (ranks - 1) * (gradient_numbers * itemsize + (itemsize if loss_bytes is None else loss_bytes))
+def wire_bytes(gradient_numbers: int, ranks: int, itemsize: int) -> int:
+    """Payload that all ranks send in a step: an all_reduce moves each byte 2 (N-1) times, of all gradients and of two
+    numbers for the loss."""
+    return 2 * (ranks - 1) * (gradient_numbers + 2) * itemsize
 
 
 def main(argv: list[str] | None = None) -> dict:

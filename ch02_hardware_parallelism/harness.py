@@ -30,14 +30,19 @@ from common.script import UserError
 
 STRATEGIES = {
     "data-parallel": "data_parallel:DataParallel",
+    "data-parallel-buckets": "data_parallel:BucketedDataParallel",
+    "zero-1": "zero1:Zero1",
     "tensor-parallel": "tensor_parallel:TensorParallel",
     "sequence-parallel": "sequence_parallel:SequenceParallel",
     "tensor-x-data": "tensor_data:TensorDataParallel",
+    "pipeline-gpipe": "pipeline_parallel:GPipe",
+    "pipeline-1f1b": "pipeline_parallel:OneFOneB",
+    "pipeline-x-data": "pipeline_data_parallel:PipelineDataParallel",
+    "library-ddp": "library_data:LibraryDDP",
     "library-tensor": "library_tensor:LibraryTensorParallel",
     "library-sequence": "library_tensor:LibrarySequenceParallel",
-    "data-parallel-buckets": "data_parallel:BucketedDataParallel",
-    "zero-1": "zero1:Zero1",
-    "library-ddp": "library_data:LibraryDDP",
+    "library-gpipe": "library_pipeline:LibraryGPipe",
+    "library-1f1b": "library_pipeline:LibraryOneFOneB",
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 STEPS = 2
@@ -321,11 +326,15 @@ def check(
 
 
 def all_cases(
-    ranks: Sequence[int] = (2, 3, 4), accumulation: Sequence[int] = (1, 4), dtypes: Sequence[str] = tuple(TOLERANCE),
-) -> list[Case]:  # fmt: skip
+    ranks: Sequence[int] = (2, 3, 4),
+    accumulation: Sequence[int] = (1, 4),
+    dtypes: Sequence[str] = tuple(TOLERANCE),
+    *,
+    by_hand: bool = True,
+) -> list[Case]:
     """Every combination of the settings."""
     two = (False, True)
     return [
-        Case(n, k, dtype, tied, frozen, uneven)
+        Case(n, k, dtype, tied, frozen, uneven, by_hand)
         for n, k, dtype, tied, frozen, uneven in itertools.product(ranks, accumulation, dtypes, two, two, two)
     ]

@@ -31,6 +31,7 @@ from ch01_intro.collectives import slowest_us
 from ch01_intro.train_baseline import average_gradients
 from ch02_hardware_parallelism import virtual_cluster
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta, fit
+from ch02_hardware_parallelism.rates import at_rates
 from common import dist, lm, profiling, script
 
 SHARES = (1 / 1024, 1 / 64, 1 / 16, 1 / 4, 1 / 2)  # sizes that the line is fitted to, of the gradients' bytes
@@ -172,36 +173,19 @@ def show(found: dict) -> None:
 
 def over_rates(args: argparse.Namespace, run: script.Run) -> dict:
     """This script in a virtual cluster of one-rank hosts, once for each rate of the links."""
-    if reason := virtual_cluster.why_not():
-        raise script.UserError(f"--rates needs a virtual cluster: {reason}; or run it without --rates under torchrun")
+    flags = ["--preset", args.preset, "--device", args.device]
+    for name in ("steps", "batch_size", "seq_len", "fit_s", "seed"):
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    found = at_rates(__file__, flags, args.rates, run, hosts=args.hosts)
     result: dict = {"world_size": args.hosts}
-    rows = []
-    for rate in args.rates:
-        virtual_cluster.parse_rate(rate)
-    for rate in args.rates:
-        flags = ["--preset", args.preset, "--device", args.device, "--run-dir", str(run.path(rate))]
-        for name in ("steps", "batch_size", "seq_len", "fit_s", "seed"):
-            flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        print(f"--- links of {rate}", flush=True)
-        done = virtual_cluster.run(
-            [__file__, *flags], hosts=args.hosts, rate=rate, timeout_s=600, on_line=print_unless_result
-        )
-        if done.result is None:
-            raise script.UserError(f"the job at {rate} failed ({done.reason()}); see what it says above")
-        rows.append((rate, done.result))
-        result |= {f"prediction_error_percent_{rate}": done.result["prediction_error_percent"]}
-        result |= {f"{name}_ms_{rate}": done.result[f"{name}_ms"] for name in ("predicted", "measured", "compute")}
     print(f"\n{'link':10}{'compute':>12}{'predicted':>12}{'measured':>12}{'error':>10}{'overlapped at best':>22}")
-    for rate, row in rows:
+    for rate, row in found.items():
         times = "".join(f"{row[name + '_ms']:9.1f} ms" for name in ("compute", "predicted", "measured"))
         print(f"{rate:10}{times}{row['prediction_error_percent']:+8.1f} %{row['overlapped_at_best_ms']:19.1f} ms")
-    result["largest_error_percent"] = max(abs(row["prediction_error_percent"]) for _, row in rows)
+        result |= {f"prediction_error_percent_{rate}": row["prediction_error_percent"]}
+        result |= {f"{name}_ms_{rate}": row[f"{name}_ms"] for name in ("predicted", "measured", "compute")}
+    result["largest_error_percent"] = max(abs(row["prediction_error_percent"]) for row in found.values())
     return result
-
-
-def print_unless_result(line: str) -> None:
-    if not line.startswith("RESULT "):
-        print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -214,8 +198,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 100mbit,1gbit")
     parser.add_argument("--hosts", type=script.at_least(2), default=2, help="with --rates: hosts of one rank")
     args = parser.parse_args(argv)
-    if args.rates and dist.read_launch().launcher != "python":
-        raise script.UserError("--rates starts its own ranks; start it with plain python")
     run = script.start(__file__, args)
     if args.rates:
         return over_rates(args, run)

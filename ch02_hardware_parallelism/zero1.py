@@ -67,10 +67,10 @@ class Zero1(DataParallel):
 
 
 def wire_bytes(trainable_numbers: int, ranks: int, itemsize: int) -> int:
-    """Payload that all ranks send in a step: reduce_scatter and all_gather of the padded vector, all_reduce of the
-    loss."""
+    """Payload that all ranks send in a step: reduce_scatter and all_gather of the padded vector, and all_reduce of
+    two numbers for the loss."""
     padded = trainable_numbers + -trainable_numbers % ranks
-    return (2 * padded + 2) * (ranks - 1) * itemsize
+    return (ranks - 1) * (padded + padded + 2 * 2) * itemsize
 
 
 def main(argv: list[str] | None = None) -> dict:

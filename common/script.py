@@ -29,6 +29,14 @@ class UserError(Exception):
     """A mistake of the user's, worded as `what; what to do`. `run` prints it as one line and exits with 2."""
 
 
+class CheckFailed(Exception):
+    """What a script checks does not hold. Its RESULT is printed all the same; one line and exit code 1."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -218,13 +226,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def run(main: Callable[[], Result]) -> NoReturn:
-    """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError."""
+    """Run a script's main: RESULT as the last line of stdout, or one line on stderr and exit code 2 for a UserError.
+
+    A CheckFailed has both, and exit code 1.
+    """
     try:
-        result = logs.finite(_rounded(main()))
-        if logs.env_rank() == 0:
-            if Run.current is not None:
-                Run.current.finish(result)
-            print("RESULT " + json.dumps(result), flush=True)
+        _report(main())
+    except CheckFailed as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        _report(error.result)
+        sys.exit(1)
     except UserError as error:
         _exit_with_line(str(error))
     except KeyboardInterrupt:
@@ -240,6 +251,14 @@ def run(main: Callable[[], Result]) -> NoReturn:
         what = str(error).strip().splitlines()[0] if str(error) else "a Python allocation failed"
         _exit_with_line(f"out of memory ({what}); take a smaller --preset, --batch-size or --seq-len")
     sys.exit(0)
+
+
+def _report(result: Result) -> None:
+    result = logs.finite(_rounded(result))
+    if logs.env_rank() == 0:
+        if Run.current is not None:
+            Run.current.finish(result)
+        print("RESULT " + json.dumps(result), flush=True)
 
 
 def _exit_with_line(message: str) -> NoReturn:

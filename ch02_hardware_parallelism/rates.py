@@ -1,0 +1,38 @@
+"""One script at several link rates: the virtual cluster is brought up anew for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ch02_hardware_parallelism import virtual_cluster
+from common import dist, script
+
+
+def at_rates(
+    file: str, flags: Sequence[str], rates: Sequence[str], run: script.Run, *, hosts: int = 2, timeout_s: float = 600
+) -> dict[str, dict]:
+    """The RESULT of the script `file` with `flags` by rate, on `hosts` virtual hosts of one rank. Its output is shown.
+
+    Raises:
+        UserError: no virtual cluster can be made here, a rate is none, this is a rank of a job, or a run failed.
+    """
+    if dist.read_launch().launcher != "python":
+        raise script.UserError("--rates starts its own ranks; start it with plain python")
+    if reason := virtual_cluster.why_not():
+        raise script.UserError(f"--rates needs a virtual cluster: {reason}; or leave it out, under torchrun")
+    for rate in rates:
+        virtual_cluster.parse_rate(rate)
+    found = {}
+    for rate in rates:
+        print(f"--- links of {rate}", flush=True)
+        command = [file, *flags, "--run-dir", str(run.path(rate))]
+        done = virtual_cluster.run(command, hosts=hosts, rate=rate, timeout_s=timeout_s, on_line=_print_unless_result)
+        if done.returncode or done.result is None:
+            raise script.UserError(f"the job at {rate} failed ({done.reason(timeout_s)}); see what it says above")
+        found[rate] = done.result
+    return found
+
+
+def _print_unless_result(line: str) -> None:
+    if not line.startswith("RESULT "):
+        print(line, flush=True)
