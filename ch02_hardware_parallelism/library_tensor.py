@@ -41,8 +41,10 @@ Plan = dict[str, ParallelStyle]
 def tensor_plan() -> Plan:
     """Between the layers named here activations are ordinary tensors, whole on every rank."""
     column, row = ColwiseParallel, RowwiseParallel
+    whole = {"input_layouts": (Replicate(),), "desired_input_layouts": (Replicate(),)}
     return {
         "embedding.token": row(input_layouts=Replicate()),  # rows of the table: words
+        "blocks.*.attention": PrepareModuleInput(**whole),  # else backward has an all_reduce each for q, k and v
         **{f"blocks.*.attention.{name}": column() for name in "qkv"},
         "blocks.*.attention.out": row(),
         "blocks.*.mlp.up": column(),
@@ -61,7 +63,7 @@ def sequence_plan() -> Plan:
         "embedding": PrepareModuleOutput(output_layouts=(whole,), desired_output_layouts=(along_t,)),
         **{f"blocks.*.{name}": SequenceParallel(use_local_output=True) for name in ("norm1", "norm2")},
         "norm": SequenceParallel(use_local_output=True),
-        "blocks.*.attention": PrepareModuleInput(**gathered),  # once for q, k and v
+        "blocks.*.attention": PrepareModuleInput(**gathered),
         "blocks.*.attention.out": RowwiseParallel(output_layouts=along_t),
         "blocks.*.mlp.up": ColwiseParallel(input_layouts=along_t),
         "blocks.*.mlp.down": RowwiseParallel(output_layouts=along_t),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
 from ch02_hardware_parallelism import harness, sequence_parallel, tensor_data, tensor_parallel
 from ch02_hardware_parallelism import model as models
@@ -131,6 +132,24 @@ def test_bytes_of_a_model_by_hand() -> None:
     matrices = 12 * 16 + (3 * 4 + 16) + 8 * 4  # with the biases of column layers, and the tied vocabulary
     across = 2 * (matrices + 2 * (copies + 1)) * 4
     assert tensor_data.wire_bytes(shape, 8, 4, 4) == 2 * (6 * 32 + 3 * 8) * 4 + across
+
+
+def collectives_of_the_library(name: str) -> dict[str, int]:
+    with dist.session("cpu", timeout_s=60, threads=1):
+        problem = Small()
+        strategy = harness.resolve(name)[1](problem.build(Case()), Comm(), problem.make_optimizer)
+        with CommDebugMode() as counted:
+            strategy.backward(next(problem.steps(Case())))
+        return {str(kind).split(".")[-1]: count for kind, count in counted.get_comm_counts().items()}
+
+
+def test_the_library_sends_what_the_formula_says() -> None:
+    regions = 4 * Small.shape.layers + 2  # the all_reduces of [b, t, d]; three more are the loss's
+    (counted, _) = spawn.values(spawn.run_ranks(collectives_of_the_library, 2, "library-tensor"))
+    assert counted == {"all_reduce": regions + 3}
+    (counted, _) = spawn.values(spawn.run_ranks(collectives_of_the_library, 2, "library-sequence"))
+    # The embedding is summed as a whole, then cut: an all_reduce instead of a reduce_scatter.
+    assert counted == {"all_reduce": 4, "all_gather_into_tensor": regions, "reduce_scatter_tensor": regions - 1}
 
 
 @pytest.mark.parametrize(("ranks", "grid"), [(2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (6, (2, 3)), (8, (2, 4))])
