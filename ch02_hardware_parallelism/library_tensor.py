@@ -4,9 +4,10 @@ The same model, cut the same way as in tensor_parallel.py and sequence_parallel.
 placed on the ranks (Shard(dim), Replicate) and what its input and output look like; where two layouts differ, DTensor
 inserts the collective, and its opposite in backward. What the plan does not say stays an ordinary tensor.
 
-As a script: tensor_parallel.py --strategy library-tensor (or library-sequence). Four things to know, seen in PyTorch
-2.13 and set right below: tied weights come apart; SequenceParallel makes frozen parameters trainable; a fused optimizer
-step may not mix DTensors with ordinary tensors; and a gradient may stay Partial, a sum not yet taken.
+As a script: tensor_parallel.py --strategy library-tensor (or library-sequence). All of it runs on gloo. Four things to
+know, seen in PyTorch 2.13 and set right below: tied weights come apart; SequenceParallel makes frozen parameters
+trainable; an optimizer that steps over many tensors at once may not mix DTensors with ordinary ones; and a gradient may
+stay Partial, a sum not yet taken.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ Plan = dict[str, ParallelStyle]
 def tensor_plan() -> Plan:
     """Between the layers named here activations are ordinary tensors, whole on every rank."""
     column, row = ColwiseParallel, RowwiseParallel
+    whole = {"input_layouts": (Replicate(),), "desired_input_layouts": (Replicate(),)}
     return {
         "embedding.token": row(input_layouts=Replicate()),  # rows of the table: words
+        "blocks.*.attention": PrepareModuleInput(**whole),  # else backward has an all_reduce each for q, k and v
         **{f"blocks.*.attention.{name}": column() for name in "qkv"},
         "blocks.*.attention.out": row(),
         "blocks.*.mlp.up": column(),
@@ -60,7 +63,7 @@ def sequence_plan() -> Plan:
         "embedding": PrepareModuleOutput(output_layouts=(whole,), desired_output_layouts=(along_t,)),
         **{f"blocks.*.{name}": SequenceParallel(use_local_output=True) for name in ("norm1", "norm2")},
         "norm": SequenceParallel(use_local_output=True),
-        "blocks.*.attention": PrepareModuleInput(**gathered),  # once for q, k and v
+        "blocks.*.attention": PrepareModuleInput(**gathered),
         "blocks.*.attention.out": RowwiseParallel(output_layouts=along_t),
         "blocks.*.mlp.up": ColwiseParallel(input_layouts=along_t),
         "blocks.*.mlp.down": RowwiseParallel(output_layouts=along_t),

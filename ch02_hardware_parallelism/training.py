@@ -103,6 +103,7 @@ def train_beside_one_process(
         alone = one_process_losses(build(shape_of(args), seed=args.seed, device=str(ctx.device)), args, ctx.device)
         comm = Comm(by_hand=args.by_hand)
         strategy, text = make(model, comm, adamw(args.lr)), Text(args, ctx.device)
+        profiling.reset_peak_memory(ctx.device)  # of the strategy's own steps
         losses, times_ms, sent = [], [], 0
         for number in range(args.steps):
             micro_batches, before, begin = text.step(), comm.total_sent_bytes(), time.perf_counter()
