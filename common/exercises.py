@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -223,12 +224,28 @@ def missing_for(need: str) -> str:
         return "" if have >= count else f"{need.replace('>=', ' >= ')} (here {have})"
     if need == "root":
         return "" if os.geteuid() == 0 else "root"
+    if need == "netns":
+        return _namespaces_missing()
     if need in PROGRAMS:
         return "" if shutil.which(PROGRAMS[need]) else f"{PROGRAMS[need]} (make system-deps)"
     if need in ENVIRONMENTS:
         return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
-    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", *PROGRAMS, *sorted(ENVIRONMENTS)]
+    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", *PROGRAMS, *sorted(ENVIRONMENTS)]
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
+
+
+@functools.cache
+def _namespaces_missing() -> str:
+    """Whether networks of our own can be made here: tried, as the reasons against it are many."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # users often lack the latter
+    if missing := [tool for tool in ("unshare", "ip", "tc") if not shutil.which(tool, path=path)]:
+        return f"{' and '.join(missing)} (Linux, make system-deps)"
+    trial = ["--net", "ip", "link", "add", "one", "type", "veth", "peer", "name", "two"]
+    for rights in ([], ["--user", "--map-root-user"]):
+        done = subprocess.run(["unshare", *rights, *trial], env={**os.environ, "PATH": path}, capture_output=True)
+        if done.returncode == 0:
+            return ""
+    return "network namespaces (root, or user namespaces switched on)"
 
 
 @dataclass(frozen=True)
