@@ -132,9 +132,7 @@ def hierarchical(x: torch.Tensor, peers: Peers, rack_of: Sequence[int] | None = 
     ring_all_gather(parts, inside, owned=inside.rank)
 
 
-def ring(
-    x: torch.Tensor, peers: Peers, reduction: Reduction = torch.add, order: Sequence[int] | None = None
-) -> None:
+def ring(x: torch.Tensor, peers: Peers, reduction: Reduction = torch.add, order: Sequence[int] | None = None) -> None:
     """Sum x [n] over the ranks, in place, around the ring of ranks in `order`: 2 (N-1) rounds of n / N.
 
     Raises:

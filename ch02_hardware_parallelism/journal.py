@@ -202,7 +202,10 @@ class _Rank:
 
 
 def replay(
-    journals: Sequence[Journal], *, cell_bytes: int | None = None, starts: Callable[[int, int], bool] = lambda r, c: True
+    journals: Sequence[Journal],
+    *,
+    cell_bytes: int | None = None,
+    starts: Callable[[int, int], bool] = lambda r, c: True,
 ) -> Story:
     """Let the ranks' journals happen again, on contributions in place of numbers.
 

@@ -47,11 +47,13 @@ def reduce_scatter(x: torch.Tensor, peers: Peers) -> None:
 def all_to_all(x: torch.Tensor, peers: Peers) -> None:
     """Chunk s of rank r becomes chunk r of rank s: the transpose of a matrix with a row a rank.
 
-    In round k the ranks swap whose numbers add up to k: all pairs meet once, as in a tournament.
+    All pairs meet once to swap, as in a tournament. In round k these are the ranks whose numbers add up to k; or, for a
+    power of two, differ in the bits of k, so that nobody ever idles.
     """
     chunks = x.tensor_split(peers.size)
+    even = peers.size == allreduce.largest_power(peers.size)
     for k in range(peers.size):
-        partner = (k - peers.rank) % peers.size
+        partner = peers.rank ^ k if even else (k - peers.rank) % peers.size
         if partner != peers.rank:
             arrived = peers.scratch(chunks[partner].numel(), x)
             peers.exchange([(chunks[partner], partner)], [(arrived, partner)])
@@ -60,7 +62,7 @@ def all_to_all(x: torch.Tensor, peers: Peers) -> None:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A collective and its promise, on contributions (rank, cell): which cells count at the start, what must come out."""
+    """A collective and its promise, on contributions (rank, cell): what counts at the start, what must come out."""
 
     run: Callable[[torch.Tensor, Peers], None]
     starts: Callable[[int, int], bool]  # (rank, cell)
