@@ -44,7 +44,7 @@ def once_s(all_reduce: Callable[[torch.Tensor], object], x: torch.Tensor) -> flo
 
 def compare(sizes_mib: Sequence[int], repeats: int, device: str) -> dict[int, tuple[list[float], list[float]]]:
     """On every rank: seconds of the ring and of the library, by size in MiB. In turn, for a shared machine's sake."""
-    with dist.session(device, threads=1) as ctx:  # as the library sums; on two cores more would stand in their own way
+    with dist.session(device, threads=1) as ctx:  # one thread sums, as in the library
         peers = Peers()
         times: dict[int, tuple[list[float], list[float]]] = {}
         for mib in sizes_mib:

@@ -220,7 +220,7 @@ def replay(
     ranks = [_Rank(number, journal, cell_bytes, starts) for number, journal in enumerate(journals)]
     wire: dict[tuple[int, int], list[tuple[int, list[Held], Message]]] = defaultdict(list)
     arrived: list[Message] = []
-    while any([_advance(rank, wire, arrived) for rank in ranks]):
+    while sum(_advance(rank, wire, arrived) for rank in ranks):  # until nobody gets any further
         pass
     for rank in ranks:
         if rank.next < len(rank.events):

@@ -13,24 +13,20 @@ You see     a line a round, and in the run folder: panels.png, animation.gif (co
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as td
 
+from ch02_hardware_parallelism import allreduce
 from ch02_hardware_parallelism.journal import Journal, Story, replay
 from ch02_hardware_parallelism.messages import Peers
 from ch02_hardware_parallelism.patterns_by_hand import PATTERNS, Pattern
 from common import dist, ranks, script
 
-
-@dataclass
-class Recording:
-    """One rank's: its journal, and its buffer afterwards as numbers, one of each cell."""
-
-    journal: Journal
-    cells: list[float]
+Recording = tuple[Journal, list[float]]  # one rank's, and its buffer afterwards as numbers, one of each cell
 
 
 def value(rank: int, cell: int) -> float:
@@ -49,17 +45,22 @@ def record(pattern: Pattern, chunk_kib: int, ctx: dist.Context) -> Recording:
             journal.start_s = time.perf_counter()
             pattern.run(x, Peers(journal=journal))
     td.barrier()
-    return Recording(journal, x.view(cells, -1)[:, -1].tolist())
+    return journal, x.view(cells, -1)[:, -1].tolist()
 
 
-def record_all(name: str, chunk_kib: int, device: str) -> list[Recording]:
+def record_all(name: str, order: list[int] | None, chunk_kib: int, device: str) -> list[Recording]:
     """On every rank. The recordings of all, on rank 0."""
-    with dist.session(device, timeout_s=120) as ctx:
-        return ctx.gather(record(PATTERNS[name], chunk_kib, ctx))
+    with dist.session(device, timeout_s=120, threads=1) as ctx:
+        return ctx.gather(record(in_order(PATTERNS[name], order), chunk_kib, ctx))
+
+
+def in_order(pattern: Pattern, order: list[int] | None) -> Pattern:
+    """The same with the ring's ranks in this order."""
+    return replace(pattern, run=functools.partial(allreduce.ring, order=order)) if order else pattern
 
 
 def told(pattern: Pattern, recordings: list[Recording], chunk_kib: int) -> Story:
-    return replay([r.journal for r in recordings], cell_bytes=chunk_kib * 1024, starts=pattern.starts)
+    return replay([journal for journal, _ in recordings], cell_bytes=chunk_kib * 1024, starts=pattern.starts)
 
 
 def broken_promises(pattern: Pattern, story: Story) -> list[str]:
@@ -77,11 +78,15 @@ def wrong_values(pattern: Pattern, recordings: list[Recording]) -> list[str]:
     """The same for the numbers that came out of the real run."""
     return [
         f"rank {rank} cell {cell} is {number}"
-        for rank, recording in enumerate(recordings)
-        for cell, number in enumerate(recording.cells)
+        for rank, (_, came_out) in enumerate(recordings)
+        for cell, number in enumerate(came_out)
         if (held := pattern.promise(rank, cell, len(recordings))) is not None
         and number != sum(value(*contribution) for contribution in held)
     ]
+
+
+def numbers(text: str) -> list[int]:
+    return [script.at_least(0)(part) for part in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -90,12 +95,19 @@ def main(argv: list[str] | None = None) -> dict:
         "--collective", choices=PATTERNS, default="all_reduce-ring", metavar="NAME", help=", ".join(PATTERNS)
     )
     parser.add_argument("--ranks", type=script.at_least(1), default=4, help="to start, where no launcher has")
+    parser.add_argument("--order", type=numbers, help="of the ranks around the ring, as in 0,2,1,3")
     parser.add_argument("--chunk-kib", type=script.at_least(1), default=64, help="bytes of each cell in the pictures")
     parser.add_argument("--no-gif", action="store_true", help="draw no animation, which takes some seconds")
     args = parser.parse_args(argv)
+    launch = dist.read_launch()
+    size = args.ranks if launch.launcher == "python" else launch.world_size
+    if args.order and args.collective != "all_reduce-ring":
+        raise script.UserError(f"{args.collective} is no ring; drop --order, or take all_reduce-ring")
+    if args.order and sorted(args.order) != list(range(size)):
+        raise script.UserError(f"--order {args.order} is not a permutation; name each of the {size} ranks once")
     run = script.start(__file__, args)
-    pattern, job = PATTERNS[args.collective], (args.collective, args.chunk_kib, args.device)
-    if dist.read_launch().launcher == "python":
+    pattern, job = PATTERNS[args.collective], (args.collective, args.order, args.chunk_kib, args.device)
+    if launch.launcher == "python":
         recordings = ranks.values(ranks.run_ranks(record_all, args.ranks, *job))[0]
     else:
         recordings = record_all(*job)
