@@ -2,7 +2,7 @@
 
 You learn   what makes a ring fast: pieces large enough to be worth a message and small enough that the sum of one hides
             behind the transfer of the next, receives posted ahead, buffers that are kept
-Laptop      python ch02_hardware_parallelism/bench_ring.py           (starts two ranks; compare --piece-kib 64 --ahead 1)
+Laptop      python ch02_hardware_parallelism/bench_ring.py     (starts two ranks; compare --piece-kib 64 --ahead 1)
 GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/bench_ring.py --sizes-mib 64,1024
 Cluster     srun python ch02_hardware_parallelism/bench_ring.py      (one task a GPU)
 You see     a row a size: median bus bandwidths, and the ratio of neighbouring measurements with its quartiles. On two

@@ -159,7 +159,8 @@ def over_topologies(args: argparse.Namespace, run: script.Run) -> dict:
         raise script.UserError(f"{reason}; or start this with torchrun on a network that there is")
     uplink = {"racks": 2, "uplink_rate": args.uplink_rate}
     found: dict[str, dict] = {}
-    for name, shape in (("flat", {}), ("racks", uplink)):
+    for name in args.topologies:
+        shape = uplink if name == "racks" else {}
         print(
             f"{name}: {HOSTS} hosts at {args.rate}" + (f", racks of 2 at {args.uplink_rate}" if shape else ""),
             flush=True,
@@ -175,8 +176,9 @@ def over_topologies(args: argparse.Namespace, run: script.Run) -> dict:
         found[name] = done.result
     plot(found, args.sizes_kib, run)
     result = {f"{name}_{key}": value for name, answer in found.items() for key, value in answer.items()}
-    large = f"{max(args.sizes_kib)}kib_ms"
-    result["bad_order_over_good"] = found["racks"][f"ring_bad_order_{large}"] / found["racks"][f"ring_{large}"]
+    if racks := found.get("racks"):
+        large = f"{max(args.sizes_kib)}kib_ms"
+        result["bad_order_over_good"] = racks[f"ring_bad_order_{large}"] / racks[f"ring_{large}"]
     return result
 
 
@@ -217,6 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--sizes-kib", type=sizes, default=[4, 2048], help="buffer sizes, comma separated")
     parser.add_argument("--repeats", type=script.at_least(1), default=9)
+    parser.add_argument("--topologies", nargs="+", choices=("flat", "racks"), default=["flat", "racks"])
     parser.add_argument("--rate", default="200mbit", help="of a host's link in the virtual cluster, in tc's units")
     parser.add_argument("--uplink-rate", default="50mbit", help="of a rack's link there")
     parser.add_argument("--quick", action="store_true", help="1 MiB and 5 repeats")

@@ -292,11 +292,11 @@ def test_topologies_takes_the_network_as_it_finds_it(racks: int) -> None:
 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_topologies_over_a_virtual_cluster(tmp_path: Path) -> None:
-    flags = ["--sizes-kib", "64", "--repeats", "1", "--run-dir", tmp_path]
+    flags = ["--topologies", "racks", "--sizes-kib", "64", "--repeats", "1", "--run-dir", tmp_path]
     done = inprocess.run_script("ch02_hardware_parallelism/topologies.py", flags)
     assert done.returncode == 0, done.stderr
     assert done.result is not None
-    assert (done.result["flat_racks"], done.result["racks_racks"]) == (1, 2)
+    assert (done.result["racks_world_size"], done.result["racks_racks"]) == (4, 2)
     predicted = [done.result[f"racks_{name}_64kib_predicted_ms"] for name in ("ring", "ring_bad_order")]
     assert predicted[0] < predicted[1]
     assert (tmp_path / "topologies.png").read_bytes().startswith(b"\x89PNG")
