@@ -1,0 +1,148 @@
+"""Communication patterns drawn from what really happened: the messages of a run, recorded, ordered and replayed.
+
+You learn   who sends which chunk to whom in which round, for broadcast, scatter, gather, all-gather, reduce-scatter,
+            all-to-all and five kinds of all-reduce; how logical clocks put the events of several ranks in order
+Laptop      python ch02_hardware_parallelism/patterns.py --collective all_reduce-ring --ranks 4
+Look at     --collective all_reduce-tree, all_reduce-halving_doubling, all_to_all, ... and --ranks 3, 5, 6, 8
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/patterns.py --collective all_gather
+Cluster     srun python ch02_hardware_parallelism/patterns.py --collective all_reduce-hierarchical    (one task a GPU)
+You see     a line a round, and in the run folder: panels.png, animation.gif (columns are ranks, rows the chunks of
+            their buffers, stripes the ranks whose contributions are in), traffic.png (bytes and time). The replay of
+            the recording ends where the collective promises to end: nothing is missing from the picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as td
+
+from ch02_hardware_parallelism import allreduce
+from ch02_hardware_parallelism.journal import Journal, Story, replay
+from ch02_hardware_parallelism.messages import Peers
+from ch02_hardware_parallelism.patterns_by_hand import PATTERNS, Pattern
+from common import dist, ranks, script
+
+Recording = tuple[Journal, list[float]]  # one rank's, and its buffer afterwards as numbers, one of each cell
+
+
+def value(rank: int, cell: int) -> float:
+    """What a rank's cell holds at the start: sums of these are exact, and tell who is in them."""
+    return float(1000 * cell + 2**rank)
+
+
+def record(pattern: Pattern, chunk_kib: int, ctx: dist.Context) -> Recording:
+    """Run the pattern on this rank with an open journal."""
+    cells = pattern.cells(ctx.world_size)
+    start = torch.tensor([value(ctx.rank, cell) for cell in range(cells)], device=ctx.device, dtype=torch.float64)
+    for _ in range(2):  # the first time opens the connections: not in the picture
+        x = start.repeat_interleave(chunk_kib * 128)  # [cells * numbers of 8 bytes]
+        with Journal(x) as journal:
+            td.barrier()
+            journal.start_s = time.perf_counter()
+            pattern.run(x, Peers(journal=journal))
+    td.barrier()
+    return journal, x.view(cells, -1)[:, -1].tolist()
+
+
+def record_all(name: str, order: list[int] | None, chunk_kib: int, device: str) -> list[Recording]:
+    """On every rank. The recordings of all, on rank 0."""
+    with dist.session(device, timeout_s=120, threads=1) as ctx:
+        return ctx.gather(record(in_order(PATTERNS[name], order), chunk_kib, ctx))
+
+
+def in_order(pattern: Pattern, order: list[int] | None) -> Pattern:
+    """The same with the ring's ranks in this order."""
+    return replace(pattern, run=functools.partial(allreduce.ring, order=order)) if order else pattern
+
+
+def told(pattern: Pattern, recordings: list[Recording], chunk_kib: int) -> Story:
+    return replay([journal for journal, _ in recordings], cell_bytes=chunk_kib * 1024, starts=pattern.starts)
+
+
+def broken_promises(pattern: Pattern, story: Story) -> list[str]:
+    """The cells that do not hold in the end what they should."""
+    size = len(story.states[-1])
+    return [
+        f"rank {rank} cell {cell} holds {dict(held)}"
+        for rank, row in enumerate(story.states[-1])
+        for cell, held in enumerate(row)
+        if pattern.promise(rank, cell, size) not in (None, held)
+    ]
+
+
+def wrong_values(pattern: Pattern, recordings: list[Recording]) -> list[str]:
+    """The same for the numbers that came out of the real run."""
+    return [
+        f"rank {rank} cell {cell} is {number}"
+        for rank, (_, came_out) in enumerate(recordings)
+        for cell, number in enumerate(came_out)
+        if (held := pattern.promise(rank, cell, len(recordings))) is not None
+        and number != sum(value(*contribution) for contribution in held)
+    ]
+
+
+def numbers(text: str) -> list[int]:
+    return [script.at_least(0)(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument(
+        "--collective", choices=PATTERNS, default="all_reduce-ring", metavar="NAME", help=", ".join(PATTERNS)
+    )
+    parser.add_argument("--ranks", type=script.at_least(1), default=4, help="to start, where no launcher has")
+    parser.add_argument("--order", type=numbers, help="of the ranks around the ring, as in 0,2,1,3")
+    parser.add_argument("--chunk-kib", type=script.at_least(1), default=64, help="bytes of each cell in the pictures")
+    parser.add_argument("--no-gif", action="store_true", help="draw no animation, which takes some seconds")
+    args = parser.parse_args(argv)
+    launch = dist.read_launch()
+    size = args.ranks if launch.launcher == "python" else launch.world_size
+    if args.order and args.collective != "all_reduce-ring":
+        raise script.UserError(f"{args.collective} is no ring; drop --order, or take all_reduce-ring")
+    if args.order and sorted(args.order) != list(range(size)):
+        raise script.UserError(f"--order {args.order} is not a permutation; name each of the {size} ranks once")
+    run = script.start(__file__, args)
+    pattern, job = PATTERNS[args.collective], (args.collective, args.order, args.chunk_kib, args.device)
+    if launch.launcher == "python":
+        recordings = ranks.values(ranks.run_ranks(record_all, args.ranks, *job))[0]
+    else:
+        recordings = record_all(*job)
+    if not recordings:
+        return {}  # not rank 0
+    story = told(pattern, recordings, args.chunk_kib)
+    if wrong := broken_promises(pattern, story) + wrong_values(pattern, recordings):
+        raise RuntimeError(f"{args.collective} went wrong: {'; '.join(wrong[:5])}")
+    print(f"{args.collective} over {len(recordings)} ranks, {args.chunk_kib} KiB a chunk")
+    for number in range(1, story.rounds + 1):
+        sent = [message for message in story.messages if message.round == number]
+        arrows = "  ".join(f"{m.source}→{m.target} [{chunks(m.cells)}]" for m in sent)
+        print(f"  round {number}: {arrows}")
+    from ch02_hardware_parallelism import patterns_drawn
+
+    patterns_drawn.panels(story, args.collective, run.path("panels.png"))
+    patterns_drawn.traffic(story, args.collective, run.path("traffic.png"))
+    if not args.no_gif:
+        patterns_drawn.animation(story, args.collective, run.path("animation.gif"))
+    print(f"drawn in {run.folder}")
+    return {
+        "collective": args.collective,
+        "world_size": len(recordings),
+        "rounds": story.rounds,
+        "messages": len(story.messages),
+        "bytes": sum(message.bytes for message in story.messages),
+        "replay_matches": True,
+        "values_match": True,
+    }
+
+
+def chunks(cells: tuple[int, ...]) -> str:
+    """(2, 3, 4) -> 2-4."""
+    return str(cells[0]) if len(cells) == 1 else f"{cells[0]}-{cells[-1]}"
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,236 @@
+"""All-reduce over different network topologies: predicted from latency and bandwidth, and measured.
+
+You learn   which algorithm wins for small and for large messages, what a thin uplink between racks does to each, and
+            why the order of a ring must follow the racks
+Laptop      python ch02_hardware_parallelism/topologies.py     (four hosts in a virtual cluster: one rack, then two)
+Faster      python ch02_hardware_parallelism/topologies.py --quick
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/topologies.py --sizes-kib 4,65536
+Cluster     srun python ch02_hardware_parallelism/topologies.py     (the network as it is; each node counts as a rack)
+You see     a table a topology: measured and predicted ms, the winner of each size marked. Small: few rounds win. Large:
+            few bytes. Over the thin uplink a ring in a bad order takes twice as long as one that follows the racks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as td
+
+from ch02_hardware_parallelism import allreduce, alpha_beta, virtual_cluster
+from ch02_hardware_parallelism.messages import Peers
+from ch02_hardware_parallelism.predicted import AllReduce, predicted_s
+from common import dist, script
+
+PROBES = (8, 2**17, 2**19)  # bytes. None of some KiB: a shaped link lets those through at once (its token bucket)
+HOSTS = 4
+
+
+def racks_of_ranks(ctx: dist.Context) -> list[int] | None:
+    """Each rank's rack: of the virtual cluster, or its node of several. None: all ranks are alike."""
+    per_host = ctx.launch.local_world_size
+    if cluster := virtual_cluster.described():
+        racks = [cluster.rack_of_host[rank // per_host] for rank in range(ctx.world_size)]
+    else:
+        racks = [rank // per_host for rank in range(ctx.world_size)]
+    return racks if 1 < len(set(racks)) < ctx.world_size else None
+
+
+def ping_pong(peers: Peers, other: int, repeats: int, device: torch.device) -> alpha_beta.AlphaBeta:
+    """The path between rank 0 and `other`, from half the round trips of messages of several sizes. Known to all."""
+    seconds = []
+    for size in PROBES:
+        x, times = torch.zeros(size, dtype=torch.uint8, device=device), []
+        for _ in range(repeats + 1):
+            td.barrier()
+            begin = time.perf_counter()
+            if peers.rank == 0:
+                peers.exchange(sends=[(x, other)])
+                peers.exchange(receives=[(x, other)])
+            elif peers.rank == other:
+                peers.exchange(receives=[(x, 0)])
+                peers.exchange(sends=[(x, 0)])
+            settle(device)
+            times.append((time.perf_counter() - begin) / 2)
+        seconds.append(statistics.median(times[1:]))
+    shared: list = [seconds]
+    td.broadcast_object_list(shared, src=0)
+    return alpha_beta.fit(PROBES, shared[0])
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_s(run: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int) -> float:
+    """Of the slowest rank's time, the first run not counted. The sums are checked.
+
+    Raises:
+        RuntimeError: they are wrong.
+    """
+    times = []
+    for _ in range(repeats + 1):
+        x.fill_(td.get_rank() + 1)
+        td.barrier()
+        begin = time.perf_counter()
+        run(x)
+        settle(x.device)
+        times.append(time.perf_counter() - begin)
+        if not (x == sum(range(td.get_world_size() + 1))).all():
+            raise RuntimeError("an all-reduce gave wrong sums")
+    slowest = torch.tensor(times[1:], dtype=torch.float64)
+    td.all_reduce(slowest, op=td.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def contestants(size: int, rack_of: list[int] | None) -> dict[str, AllReduce]:
+    """The algorithms; the ring in rank order, and where there are racks also in one that changes racks each step."""
+    found = dict(allreduce.ALGORITHMS)
+    if rack_of is None:
+        del found["hierarchical"]  # nothing to follow
+        return found
+    found["hierarchical"] = functools.partial(allreduce.hierarchical, rack_of=rack_of)
+    place = [rack_of[:rank].count(rack_of[rank]) for rank in range(size)]  # within its rack
+    bad = sorted(range(size), key=lambda rank: (place[rank], rack_of[rank]))
+    found["ring_bad_order"] = functools.partial(allreduce.ring, order=bad)
+    return found
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """On every rank of a job: measure the links, then every algorithm at every size, beside what it should take."""
+    with dist.session(args.device, threads=1) as ctx:
+        if ctx.world_size == 1:
+            raise script.UserError("one rank has nobody to talk to; start two or more, or plain python for a cluster")
+        peers, rack_of = Peers(), racks_of_ranks(ctx)
+        link = ping_pong(peers, 1, args.repeats, ctx.device)
+        far = next((rank for rank in range(ctx.world_size) if rack_of and rack_of[rank] != rack_of[0]), None)
+        uplink = ping_pong(peers, far, args.repeats, ctx.device) if far else None
+        result: dict = {"world_size": ctx.world_size, "racks": len(set(rack_of or [0])), **described("link", link)}
+        result |= described("uplink", uplink) if uplink else {}
+        table: dict[str, list[tuple[float, float | None]]] = {}
+        for kib in args.sizes_kib:
+            x = torch.empty(kib * 256, device=ctx.device)
+            for name, algorithm in contestants(ctx.world_size, rack_of).items():
+                measured = median_s(lambda x, run=algorithm: run(x, peers), x, args.repeats)
+                predicted = predicted_s(algorithm, kib * 1024, ctx.world_size, link, rack_of=rack_of, uplink=uplink)
+                table.setdefault(name, []).append((measured * 1e3, predicted * 1e3))
+            table.setdefault("library", []).append((median_s(td.all_reduce, x, args.repeats) * 1e3, None))
+        for number, kib in enumerate(args.sizes_kib):
+            times = {name: row[number][0] for name, row in table.items()}
+            result[f"winner_{kib}kib"] = min(times.keys() - {"library"}, key=times.__getitem__)
+            for name, row in table.items():
+                result[f"{name}_{kib}kib_ms"] = row[number][0]
+                if row[number][1] is not None:
+                    result[f"{name}_{kib}kib_predicted_ms"] = row[number][1]
+        if ctx.is_main:
+            show(result, args.sizes_kib, list(table))
+        return result
+
+
+def described(name: str, path: alpha_beta.AlphaBeta) -> dict:
+    return {f"{name}_alpha_us": path.alpha_s * 1e6, f"{name}_mbit_per_s": path.bytes_per_s * 8 / 1e6}
+
+
+def show(result: dict, sizes_kib: list[int], names: list[str]) -> None:
+    for path in ("link", "uplink"):
+        if f"{path}_alpha_us" in result:
+            alpha, rate = result[f"{path}_alpha_us"], result[f"{path}_mbit_per_s"]
+            print(f"{path}: alpha {alpha:.0f} us, 1/beta {rate:.4g} Mbit/s, by ping-pong")
+    print(f"{'ms':18}" + "".join(f"{f'{kib} KiB':>12}{'predicted':>12}" for kib in sizes_kib))
+    for name in names:
+        line = f"{name:18}"
+        for kib in sizes_kib:
+            star = "*" if result[f"winner_{kib}kib"] == name else " "
+            predicted = result.get(f"{name}_{kib}kib_predicted_ms")
+            said = "" if predicted is None else f"{predicted:.2f}"
+            line += f"{result[f'{name}_{kib}kib_ms']:11.2f}{star}{said:>12}"
+        print(line)
+    print(flush=True)
+
+
+def over_topologies(args: argparse.Namespace, run: script.Run) -> dict:
+    """Start this script again in a virtual cluster of each topology, and put the answers together."""
+    if reason := virtual_cluster.why_not():
+        raise script.UserError(f"{reason}; or start this with torchrun on a network that there is")
+    uplink = {"racks": 2, "uplink_rate": args.uplink_rate}
+    found: dict[str, dict] = {}
+    for name in args.topologies:
+        shape = uplink if name == "racks" else {}
+        print(
+            f"{name}: {HOSTS} hosts at {args.rate}" + (f", racks of 2 at {args.uplink_rate}" if shape else ""),
+            flush=True,
+        )
+        flags = ["--sizes-kib", ",".join(map(str, args.sizes_kib)), "--repeats", str(args.repeats), "--device", "cpu"]
+        command = [__file__, *flags, "--run-dir", str(run.path(name).resolve())]
+        done = virtual_cluster.run(command, hosts=HOSTS, rate=args.rate, timeout_s=300, **shape)
+        if done.returncode == 2:
+            raise script.UserError(done.reason().partition("error: ")[2] or done.reason())
+        if done.returncode or done.result is None:
+            raise RuntimeError(f"{name}: {done.reason()}\n{done.stderr[-2000:]}")
+        print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("RESULT")), flush=True)
+        found[name] = done.result
+    plot(found, args.sizes_kib, run)
+    result = {f"{name}_{key}": value for name, answer in found.items() for key, value in answer.items()}
+    if racks := found.get("racks"):
+        large = f"{max(args.sizes_kib)}kib_ms"
+        result["bad_order_over_good"] = racks[f"ring_bad_order_{large}"] / racks[f"ring_{large}"]
+    return result
+
+
+def plot(found: dict[str, dict], sizes_kib: list[int], run: script.Run) -> None:
+    """A PNG: measured as bars, predicted as marks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(
+        len(found), len(sizes_kib), figsize=(5 * len(sizes_kib), 2.9 * len(found)), layout="constrained", squeeze=False
+    )
+    for row, (topology, result) in zip(grid, found.items(), strict=True):
+        for axes, kib in zip(row, sizes_kib, strict=True):
+            ending = f"_{kib}kib_ms"
+            names = [key.removesuffix(ending) for key in result if key.endswith(ending)]
+            names = sorted(names, key=lambda name: (name == "library", result[name + ending]))
+            best = result[f"winner_{kib}kib"]
+            colours = ["#9aa5b1" if n == "library" else "#2a9d8f" if n == best else "#8ecae6" for n in names]
+            axes.barh(names, [result[name + ending] for name in names], color=colours, label="measured")
+            marks = [(result.get(f"{n}_{kib}kib_predicted_ms"), n) for n in names if n != "library"]
+            axes.plot(*zip(*marks, strict=True), "|", color="#d1495b", markersize=16, mew=2.5, label="predicted")
+            axes.invert_yaxis()
+            axes.set(title=f"{topology}, {kib} KiB", xlabel="ms")
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False)
+    figure.suptitle(f"All-reduce over {HOSTS} hosts: one rack, and two with a thin uplink", weight="bold")
+    figure.savefig(run.path("topologies.png"), dpi=110)
+    pyplot.close(figure)
+
+
+def sizes(text: str) -> list[int]:
+    return [script.at_least(1)(part) for part in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("--sizes-kib", type=sizes, default=[4, 2048], help="buffer sizes, comma separated")
+    parser.add_argument("--repeats", type=script.at_least(1), default=9)
+    parser.add_argument("--topologies", nargs="+", choices=("flat", "racks"), default=["flat", "racks"])
+    parser.add_argument("--rate", default="200mbit", help="of a host's link in the virtual cluster, in tc's units")
+    parser.add_argument("--uplink-rate", default="50mbit", help="of a rack's link there")
+    parser.add_argument("--quick", action="store_true", help="1 MiB and 5 repeats")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.sizes_kib, args.repeats = [4, 1024], 5
+    run = script.start(__file__, args)
+    if dist.read_launch().launcher == "python":
+        return over_topologies(args, run)
+    return compare(args)
+
+
+if __name__ == "__main__":
+    script.run(main)
