@@ -110,7 +110,7 @@ class NormCountsCopies(TensorParallel):
 
 
 class WrongDataParallelRank(TensorDataParallel):
-    """Local rank // tensor ranks: right on one node. With a row a node it is 0 everywhere: all get the same data."""
+    """Local rank // tensor ranks: with one row a node it is 0 on every node, and all rows get the same data."""
 
     @property
     def data_rank(self) -> int:
@@ -118,7 +118,7 @@ class WrongDataParallelRank(TensorDataParallel):
 
 
 class UnscaledPipelineLoss(OneFOneB):
-    """Each chunk's mean loss goes backward, not divided by the number of chunks: gradients that many times too large."""
+    """Each chunk's mean loss goes backward, undivided: gradients as many times too large as there are chunks."""
 
     means = 0
 
@@ -134,7 +134,7 @@ class UnscaledPipelineLoss(OneFOneB):
 
 
 class TiedWeightSyncedOnce(OneFOneB):
-    """The head's gradient is sent to the embedding's stage and added there; nothing comes back: two weights that part."""
+    """The head's gradient is added to the embedding's, but nothing comes back: one weight that becomes two."""
 
     def sum_tied_gradient(self) -> None:
         own = self.tied.grad.clone() if self.tied is not None and self.tied.grad is not None else None

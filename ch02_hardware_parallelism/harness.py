@@ -73,7 +73,8 @@ class Outcome:
     norm_error: float = 0.0
     weight_error: float = 0.0
     worst: str = ""  # the parameter with the largest gradient error
-    wrong: tuple[str, ...] = ()  # all with too large a one
+    wrong: tuple[str, ...] = ()  # all with too large a one, in the first step that has any
+    wrong_step: int = STEPS  # that step
     missing: tuple[str, ...] = ()  # parameters whose gradient no rank has
     factors: dict[str, float] = field(default_factory=dict)  # of the wrong ones: how many times the reference, if so
     wire_bytes: int = 0  # payload sent by all ranks by hand, a step
@@ -217,8 +218,7 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
     strategy = make(model, comm, problem.make_optimizer)
     losses, norms, gradients = [], [], {}
     wrong, factors, seen = {}, {}, set()
-    before = comm.total_sent_bytes()
-    sent = 0
+    wrong_step, sent = STEPS, 0
     for number, micro_batches in enumerate(problem.steps(case)):
         micro_batches = [(x.to(ctx.device), y.to(ctx.device)) for x, y in micro_batches]
         before = comm.total_sent_bytes()
@@ -233,24 +233,26 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
         for parameter, gradient in strategy.gradients().items():
             seen.add(parameter)
             if parameter not in target or gradient.shape != target[parameter].shape:
-                wrong[parameter] = float("inf")
+                wrong[parameter], wrong_step = float("inf"), min(wrong_step, number)
                 continue
             error = _distance(gradient, target[parameter], floor)
             gradients[parameter] = max(gradients.get(parameter, 0.0), error)
-            if not error <= TOLERANCE[case.dtype]:
+            # After a wrong update everything is wrong: what counts is what was wrong first.
+            if not error <= TOLERANCE[case.dtype] and wrong_step in (STEPS, number):
+                wrong_step = number
                 wrong[parameter] = error
                 if (factor := _factor(gradient, target[parameter])) is not None and number == 0:
                     factors[parameter] = factor
         before = comm.total_sent_bytes()
         strategy.update()
         sent = during + comm.total_sent_bytes() - before
-    weights = max((_distance(w, wanted.weights[p], 1e-3) for p, w in strategy.weights().items()), default=0.0)
+    weights = _worst(_distance(w, wanted.weights[p], 1e-3) for p, w in strategy.weights().items())
     strategy.close()
     worst = max(gradients, key=gradients.__getitem__, default="")
     return Outcome(
         name, case, loss_error=_worst(losses), gradient_error=_worst([*gradients.values(), *wrong.values()]),
         norm_error=_worst(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
-        missing=tuple(sorted(seen)), wire_bytes=sent,
+        wrong_step=wrong_step, missing=tuple(sorted(seen)), wire_bytes=sent,
     )  # fmt: skip
 
 
@@ -258,14 +260,17 @@ def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
     """One outcome from those of the ranks. `missing` of each rank lists what it saw."""
     worst = max(parts, key=lambda part: part.gradient_error if part.gradient_error == part.gradient_error else 9e99)
     seen = set().union(*(part.missing for part in parts))
+    step = min(part.wrong_step for part in parts)
+    first = [part for part in parts if part.wrong_step == step]
     return replace(
         worst,
         loss_error=_worst([p.loss_error for p in parts]),
         gradient_error=_worst([p.gradient_error for p in parts]),
         norm_error=_worst([p.norm_error for p in parts]),
         weight_error=_worst([p.weight_error for p in parts]),
-        wrong=tuple(dict.fromkeys(itertools.chain(*(part.wrong for part in parts)))),
-        factors={name: f for part in parts for name, f in part.factors.items()},
+        wrong=tuple(dict.fromkeys(itertools.chain(*(part.wrong for part in first)))),
+        wrong_step=step,
+        factors={name: f for part in first for name, f in part.factors.items()},
         missing=tuple(sorted(names - seen)),
         wire_bytes=sum(part.wire_bytes for part in parts),
     )
