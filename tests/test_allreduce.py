@@ -67,7 +67,7 @@ def on_a_rank() -> dict:
             allreduce.ring(x, Peers())
             if not torch.equal(x, sum(whole_numbers(r, length, torch.float64) for r in range(size))):
                 wrong.append(f"pieces {length}")
-        allreduce.PIECE = 2**21
+        allreduce.PIECE = 2**22
         for source in range(size):
             x = torch.full([5], ctx.rank)
             allreduce.tree_broadcast(x, Peers(), source)
