@@ -23,8 +23,8 @@ from ch02_hardware_parallelism.messages import Peers, Work
 
 Reduction = Callable[..., torch.Tensor]  # torch.add, torch.maximum: f(a, b, out=a)
 
-PIECE = 2**21  # bytes of one message in the ring, which longer parts are cut into
-AHEAD = 3  # messages under way at once
+PIECE = 2**22  # bytes of one message in the ring, which longer parts are cut into
+AHEAD = 2  # messages under way at once
 
 
 def naive(x: torch.Tensor, peers: Peers) -> None:

@@ -46,7 +46,7 @@ class Region:
 
 @dataclass
 class Batch:
-    """Messages started together: (other rank, region). Seconds from the journal's start until wait() returned."""
+    """Messages started together: (other rank, region). From begin_s until wait() returned, wall clock."""
 
     sends: list[tuple[int, Region]]
     receives: list[tuple[int, Region]]
@@ -78,17 +78,13 @@ class Journal:
     def __post_init__(self) -> None:
         if isinstance(self.watched, torch.Tensor):
             self.watched = Region.of(self.watched)
-        self.start_s = time.perf_counter()
 
     def begin(self, sends: Messages, receives: Messages) -> Entry:
         batch = Batch(
-            [(to, Region.of(x)) for x, to in sends], [(source, Region.of(x)) for x, source in receives], self.now_s()
+            [(to, Region.of(x)) for x, to in sends], [(source, Region.of(x)) for x, source in receives], time.time()
         )
         self.events.append(Event("begin", batch))
         return Entry(self, batch)
-
-    def now_s(self) -> float:
-        return time.perf_counter() - self.start_s
 
     def __enter__(self) -> Journal:
         self._arithmetic = _Arithmetic(self)
@@ -115,7 +111,7 @@ class Entry:
     def wait(self) -> None:
         for work in self.works:
             work.wait()
-        self.batch.end_s = self.journal.now_s()
+        self.batch.end_s = time.time()
         self.journal.events.append(Event("end", self.batch))
 
 
@@ -138,7 +134,7 @@ class _Arithmetic(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a replay. `cells` are those of the sender's watched tensor. Seconds on each rank's own clock."""
+    """One message of a replay. `cells` are those of the sender's watched tensor. Seconds of each host's wall clock."""
 
     round: int  # from 1
     source: int

@@ -92,8 +92,8 @@ class Peers:
         return [entry.under_way(works)] if entry else works
 
     def _post(self, sends: Messages, receives: Messages) -> Sequence[Work]:
-        # Receives first: gloo tells the sender that a buffer is ready over the connection that our own data take too, and
-        # behind them that word would be late: the two directions would take turns.
+        # Receives first: gloo tells the sender that a buffer is ready, over the connection that our own data take too.
+        # Behind them that word would be late, and the two directions would take turns.
         posts = [td.P2POp(td.irecv, x, group=self.group, group_peer=source) for x, source in receives]
         posts += [td.P2POp(td.isend, x, group=self.group, group_peer=to) for x, to in sends]
         return td.batch_isend_irecv(posts) if posts else []

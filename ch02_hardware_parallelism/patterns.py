@@ -14,7 +14,6 @@ You see     a line a round, and in the run folder: panels.png, animation.gif (co
 from __future__ import annotations
 
 import functools
-import time
 from dataclasses import replace
 
 import torch
@@ -42,7 +41,6 @@ def record(pattern: Pattern, chunk_kib: int, ctx: dist.Context) -> Recording:
         x = start.repeat_interleave(chunk_kib * 128)  # [cells * numbers of 8 bytes]
         with Journal(x) as journal:
             td.barrier()
-            journal.start_s = time.perf_counter()
             pattern.run(x, Peers(journal=journal))
     td.barrier()
     return journal, x.view(cells, -1)[:, -1].tolist()

@@ -67,7 +67,7 @@ def on_a_rank() -> dict:
             allreduce.ring(x, Peers())
             if not torch.equal(x, sum(whole_numbers(r, length, torch.float64) for r in range(size))):
                 wrong.append(f"pieces {length}")
-        allreduce.PIECE = 2**21
+        allreduce.PIECE = 2**22
         for source in range(size):
             x = torch.full([5], ctx.rank)
             allreduce.tree_broadcast(x, Peers(), source)
@@ -114,7 +114,7 @@ def test_the_replay_ends_as_the_collective_promises(size: int, name: str) -> Non
     assert patterns.broken_promises(pattern, story) == []
     assert patterns.wrong_values(pattern, recorded) == []
     assert sum(map(sum, story.traffic())) == sum(message.bytes for message in story.messages)
-    assert all(m.begin_s >= 0 and m.end_s > 0 for m in story.messages)
+    assert all(0 < m.begin_s <= m.end_s for m in story.messages)
 
 
 @SIZES
