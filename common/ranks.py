@@ -124,6 +124,8 @@ def _call(folder: Path, variables: dict[str, str], function: Callable[..., Any],
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(variables)
+    if "torch" in sys.modules:  # imported before the variable was there
+        sys.modules["torch"].set_num_threads(int(variables["OMP_NUM_THREADS"]))
     value = pickle.dumps(function(*args))
     (folder / "value.partial").write_bytes(value)
     (folder / "value.partial").rename(folder / "value")
