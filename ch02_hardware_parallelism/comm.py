@@ -111,12 +111,15 @@ class Comm:
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The ranks' equal parts put together along `dim`, in rank order."""
+        """The ranks' equal parts put together along `dim`, in rank order.
+
+        Always by hand on gloo, whose own lets the two directions of a link take turns.
+        """
         if self.size == 1:
             return x
         part = x.movedim(dim, 0).contiguous()
         whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        if self.by_hand:
+        if self.by_hand or td.get_backend(self.group) == "gloo":
             parts = list(whole.chunk(self.size))
             parts[self.rank].copy_(part)
             allreduce.ring_all_gather(parts, self.peers, owned=self.rank)

@@ -16,11 +16,15 @@ and some frozen, a whole last batch and a smaller one that does not divide by th
 from __future__ import annotations
 
 import argparse
+import time
 
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.bugs import BUGS, find_bug
 from ch02_hardware_parallelism.harness import STRATEGIES, TOLERANCE, Case, Outcome, Problem
 from common import dist, script
+from common.logs import get_logger
+
+log = get_logger()
 
 
 def matrix(outcomes: list[Outcome]) -> str:
@@ -59,7 +63,12 @@ def explain(outcomes: list[Outcome]) -> str:
 def run_cases(strategies: list, cases: list[Case], device: str) -> list[Outcome]:
     """On the ranks that torchrun or srun started, else on CPU ranks started here."""
     if dist.read_launch().launcher == "python":
-        return harness.check(strategies, cases)
+        outcomes = []
+        for ranks in sorted({case.ranks for case in cases}):
+            begin = time.monotonic()
+            outcomes += harness.check(strategies, [case for case in cases if case.ranks == ranks], timeout_s=1200)
+            log.info(f"{ranks} ranks compared", seconds=round(time.monotonic() - begin))
+        return outcomes
     with dist.session(device) as ctx:
         return harness.check_here(strategies, cases, Problem(), ctx)
 

@@ -4,7 +4,7 @@ You learn   who sends what to whom and when, what the bubble costs and what make
             (memory, not speed), and what goes wrong: loss scaling, a tied embedding with an end in two stages
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/pipeline_parallel.py --schedule 1f1b
 GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/pipeline_parallel.py --width 1536 \
-                --layers 32 --context 512 --batch-size 64 --chunks 32
+                --layers 32 --seq-len 512 --batch-size 64 --chunks 32
 Cluster     srun python ch02_hardware_parallelism/pipeline_parallel.py --layers 64 --chunks 64 --batch-size 64
 You see     the losses of one process, a bubble near (p-1) / (m+p-1), bytes that do not depend on the number of chunks,
             timeline.png: one row a stage, what it computed when; 1F1B holds p - stage activations, GPipe all m
@@ -26,9 +26,9 @@ import torch
 import torch.distributed as td
 from torch import nn
 
-from ch02_hardware_parallelism import one_process
+from ch02_hardware_parallelism import training
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.model import Shape, build, loss_sum
+from ch02_hardware_parallelism.model import build, loss_sum
 from ch02_hardware_parallelism.schedules import Op, bubble_formula, peak_live, schedule
 from ch02_hardware_parallelism.stages import Stage, gradient_flows, wire_bytes
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count
@@ -196,28 +196,24 @@ STRATEGIES: dict[str, type[GPipe]] = {"gpipe": GPipe, "1f1b": OneFOneB}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = script.parser(__doc__)
+    parser = training.flags(__doc__)
+    parser.set_defaults(width=192, heads=12, layers=8, vocab=512, seq_len=64, batch_size=16, steps=6, by_hand=True)
     parser.add_argument("--schedule", choices=tuple(STRATEGIES), default="1f1b")
-    parser.add_argument("--chunks", type=script.at_least(1), default=8, help="what a batch is cut into")
-    parser.add_argument("--batch-size", type=script.at_least(1), default=16, help="sequences a step")
-    parser.add_argument("--layers", type=script.at_least(1), default=8)
-    parser.add_argument("--width", type=script.at_least(12), default=192, help="a multiple of the 12 heads")
-    parser.add_argument("--context", type=script.at_least(2), default=64, help="tokens a sequence")
+    parser.add_argument("--chunks", type=script.at_least(1), default=8, help="what a micro-batch is cut into")
     parser.add_argument("--untied", action="store_true", help="a head with a weight of its own")
-    parser.add_argument("--steps", type=script.at_least(2), default=6, help="the first is not timed")
     parser.add_argument("--timeout-s", type=script.positive, default=120, help="how long a message may take")
     args = parser.parse_args(argv)
     if args.chunks > args.batch_size:
         raise script.UserError(f"--chunks {args.chunks} of {args.batch_size} sequences; lower it or raise --batch-size")
-    if args.width % 12:
-        raise script.UserError(f"--width {args.width} does not divide by 12 heads; take {args.width // 12 * 12}")
+    if args.steps < 2:
+        raise script.UserError("--steps 1 leaves nothing to time, the first step is not; take 2 or more")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    shape = training.shape_of(args, tied=not args.untied)
     run = script.start(__file__, args)
-    shape = Shape(width=args.width, layers=args.layers, context=args.context, tied=not args.untied)
     with dist.session(args.device, timeout_s=args.timeout_s) as ctx:
         model = build(shape, seed=args.seed, device=str(ctx.device))
         if reason := GPipe.why_not(model, ctx.world_size):
@@ -226,21 +222,24 @@ def main(argv: list[str] | None = None) -> dict:
             get_logger().warning(
                 "more ranks than cores: stages wait for a core as for each other, the bubble says nothing"
             )
-        data = list(one_process.batches(shape, args.batch_size, args.steps, args.seed))
-        wanted = one_process.losses(shape, data, args.seed, ctx.device) if ctx.is_main else []
+        text = training.Text(args, ctx.device)
+        data = [text.step() for _ in range(args.steps)]
+        alone = build(shape, seed=args.seed, device=str(ctx.device))
+        wanted = training.one_process_losses(alone, args, ctx.device) if ctx.is_main else []
+        del alone
         ctx.barrier("one process")
 
         comm = Comm(by_hand=True)
-        strategy = STRATEGIES[args.schedule](model, comm, one_process.make_optimizer)
+        strategy = STRATEGIES[args.schedule](model, comm, training.adamw(args.lr))
         strategy.chunks = args.chunks
-        formula = wire_bytes(model, data[:1], ctx.world_size)
+        formula = wire_bytes(model, data[0], ctx.world_size)
         del model  # with it the other stages' weights
         losses, timelines, step_ms = [], [], []
-        for inputs_bt, targets_bt in data:
+        for micro_batches in data:
             strategy.events, before = [], comm.total_sent_bytes()
             td.barrier()
             begin = time.perf_counter()
-            loss = strategy.backward([(inputs_bt.to(ctx.device), targets_bt.to(ctx.device))])
+            loss = strategy.backward(micro_batches)
             strategy.update()
             losses.append(loss.item())  # waits for the GPU
             step_ms.append(1e3 * (time.perf_counter() - begin))

@@ -238,13 +238,13 @@ def test_live_activations(kind: type[GPipe], peaks: list[int]) -> None:
 
 
 def test_the_script_on_two_ranks(tmp_path: Path) -> None:
-    flags = ["--width", "48", "--layers", "4", "--context", "16", "--steps", "3", "--batch-size", "9", "--chunks", "4"]
+    flags = ["--width", "48", "--layers", "4", "--seq-len", "16", "--steps", "3", "--batch-size", "9", "--chunks", "4"]
     ranks = run_ranks(main, 2, [*flags, "--device", "cpu", "--run-dir", str(tmp_path)])
     result, nothing = values(ranks)
     assert nothing == {}
     assert "activations alive, by stage  2 1" in ranks[0].stdout
     assert result["wire_bytes_per_step"] == result["wire_bytes_formula"] > 0
-    assert result["largest_loss_difference"] < 1e-5
+    assert result["largest_loss_difference"] < 1e-4
     assert result["bubble_formula"] == pytest.approx(0.2)
     assert 0 < result["bubble_measured"] < 1
     assert result["live_activations_first_stage"] == 2
@@ -257,7 +257,7 @@ def test_one_rank_is_an_ordinary_step(tmp_path: Path) -> None:
         "48",
         "--layers",
         "2",
-        "--context",
+        "--seq-len",
         "16",
         "--steps",
         "2",
@@ -269,7 +269,7 @@ def test_one_rank_is_an_ordinary_step(tmp_path: Path) -> None:
     done = inprocess.run_script(SCRIPT, [*flags, "--device", "cpu", "--run-dir", tmp_path])
     assert done.returncode == 0, done.stderr
     assert done.result["wire_bytes_per_step"] == done.result["wire_bytes_formula"] == 0
-    assert done.result["largest_loss_difference"] < 1e-5
+    assert done.result["largest_loss_difference"] < 1e-4
     assert done.result["live_activations_first_stage"] == 4
 
 
@@ -278,7 +278,7 @@ def test_one_rank_is_an_ordinary_step(tmp_path: Path) -> None:
     [
         (["--chunks", "17"], "raise --batch-size"),
         (["--chunks", "0"], "--chunks"),
-        (["--width", "50"], "take 48"),
+        (["--width", "50"], "does not divide --width 50"),
         (["--schedule", "zero-bubble"], "--schedule"),
         (["--steps", "1"], "--steps"),
     ],
