@@ -36,10 +36,15 @@ class Done:
 
 
 _groups: dict[tuple[int, ...], td.ProcessGroup] = {}
+_world: td.ProcessGroup | None = None  # the one that they were made in
 
 
 def group_of(ranks: Sequence[int]) -> td.ProcessGroup:
     """The process group of these global ranks, made once. All ranks of the job must ask for the same ones in order."""
+    global _world
+    if _world is not td.group.WORLD:  # another session
+        _groups.clear()
+        _world = td.group.WORLD
     key = tuple(ranks)
     if key not in _groups:
         _groups[key] = td.new_group(list(key))
@@ -96,7 +101,7 @@ class Comm:
             return Done()
         if not self.by_hand:
             return td.all_reduce(x, group=self.group, async_op=async_op) or Done()
-        flat = x.reshape(-1)  # a view of a contiguous x
+        flat = x.reshape(-1)  # a view of a contiguous x, else a copy
         allreduce.ring(flat, self.peers)
         if not x.is_contiguous():
             x.copy_(flat.view_as(x))
@@ -107,7 +112,10 @@ class Comm:
         if self.size > 1 and not self.by_hand:
             td.all_reduce(x, op=td.ReduceOp.MAX, group=self.group)
         elif self.size > 1:
-            allreduce.ring(x.reshape(-1), self.peers, torch.maximum)
+            flat = x.reshape(-1)
+            allreduce.ring(flat, self.peers, torch.maximum)
+            if not x.is_contiguous():
+                x.copy_(flat.view_as(x))
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -147,6 +155,9 @@ class Comm:
     def broadcast(self, x: torch.Tensor, source: int = 0) -> None:
         """Everybody gets `source`'s x, in place."""
         if self.size > 1 and self.by_hand:
-            allreduce.tree_broadcast(x.reshape(-1), self.peers, source)
+            flat = x.reshape(-1)
+            allreduce.tree_broadcast(flat, self.peers, source)
+            if not x.is_contiguous():
+                x.copy_(flat.view_as(x))
         elif self.size > 1:
             td.broadcast(x, group=self.group, group_src=source)

@@ -21,11 +21,11 @@ from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel
 from ch02_hardware_parallelism.model import Shape, build
 from ch02_hardware_parallelism.overlap import WARM_UP, timed_ms, train_step
-from ch02_hardware_parallelism.rates import at_rates
+from ch02_hardware_parallelism.rates import as_flags, at_rates
 from ch02_hardware_parallelism.sequence_parallel import SequenceParallel
 from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
-from ch02_hardware_parallelism.training import Text, adamw, flags, shape_of
+from ch02_hardware_parallelism.training import SHARED_FLAGS, Text, adamw, flags, shape_of
 from common import dist, script
 
 KINDS: dict[str, type[Strategy]] = {
@@ -122,9 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
     shape_of(args)
     run = script.start(__file__, args)
     if args.rates:
-        names = ("width", "heads", "layers", "vocab", "seq_len", "batch_size", "accumulation", "steps")
-        given = [part for n in names for part in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
-        found = at_rates(__file__, [*given, "--device", args.device], args.rates, run)
+        found = at_rates(__file__, as_flags(args, *SHARED_FLAGS), args.rates, run)
         first = next(iter(found.values()))
         result = {key: value for key, value in first.items() if not key.endswith(("step_ms", "card_over_formula"))}
         for rate, row in found.items():

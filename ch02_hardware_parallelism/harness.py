@@ -75,7 +75,8 @@ class Outcome:
     worst: str = ""  # the parameter with the largest gradient error
     wrong: tuple[str, ...] = ()  # all with too large a one, in the first step that has any
     wrong_step: int = STEPS  # that step
-    missing: tuple[str, ...] = ()  # parameters whose gradient no rank has
+    missing: tuple[str, ...] = ()  # gradients that a rank did not have in some step, of weights that it holds
+    held: frozenset[str] = frozenset()  # parameters whose weights are on some rank
     factors: dict[str, float] = field(default_factory=dict)  # of the wrong ones: how many times the reference, if so
     wire_bytes: int = 0  # payload sent by all ranks by hand, a step
 
@@ -125,8 +126,11 @@ class Problem:
     """The model and the data to compare on. Subclass it to check strategies on another model."""
 
     shape = models.Shape()
-    sequences = 12  # a micro-batch; an uneven last one has 7
     frozen_names = ("blocks.1.mlp.up.weight", "blocks.2.norm1.bias", "embedding.position.weight")
+
+    def sequences(self, case: Case, *, last: bool) -> int:
+        """Of a micro-batch: 12 and, uneven, 7; more on more than 4 ranks, so that each pipeline has some to cut."""
+        return max(7, 2 * case.ranks - 1) if last and case.uneven else max(12, 3 * case.ranks)
 
     def build(self, case: Case) -> nn.Module:
         """The same weights on every call, in the case's dtype, with the case's parameters frozen."""
@@ -145,8 +149,7 @@ class Problem:
         for _ in range(STEPS):
             step = []
             for number in range(case.accumulation):
-                short = case.uneven and number == case.accumulation - 1
-                size = 7 if short else self.sequences
+                size = self.sequences(case, last=number == case.accumulation - 1)
                 tokens = torch.randint(self.shape.vocab, (size, self.shape.context + 1), generator=generator)
                 step.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
             yield step
@@ -209,7 +212,7 @@ def check_here(
             mine = _compare(name, make, model, case, wanted, problem, ctx)
             parts: list[Outcome | None] = [None] * ctx.world_size
             torch.distributed.all_gather_object(parts, mine)
-            outcomes.append(_merge([part for part in parts if part], set(wanted.gradients[0])))
+            outcomes.append(_merge([part for part in parts if part], set(wanted.weights)))
     return outcomes
 
 
@@ -217,7 +220,7 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
     comm = Comm(by_hand=case.by_hand)
     strategy = make(model, comm, problem.make_optimizer)
     losses, norms, gradients = [], [], {}
-    wrong, factors, seen = {}, {}, set()
+    wrong, factors, missing = {}, {}, set()
     wrong_step, sent = STEPS, 0
     for number, micro_batches in enumerate(problem.steps(case)):
         micro_batches = [(x.to(ctx.device), y.to(ctx.device)) for x, y in micro_batches]
@@ -230,8 +233,9 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
         norms.append(_error(strategy.grad_norm().item(), norm.item()))
         # The gradient of a key's bias is zero but for rounding: relative to itself it would be noise.
         floor = (norm / sum(g.numel() for g in target.values()) ** 0.5).item()
-        for parameter, gradient in strategy.gradients().items():
-            seen.add(parameter)
+        found = strategy.gradients()
+        missing |= (strategy.weights().keys() & target.keys()) - found.keys()
+        for parameter, gradient in found.items():
             if parameter not in target or gradient.shape != target[parameter].shape:
                 wrong[parameter], wrong_step = float("inf"), min(wrong_step, number)
                 continue
@@ -246,20 +250,24 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
         before = comm.total_sent_bytes()
         strategy.update()
         sent = during + comm.total_sent_bytes() - before
-    weights = _worst(_distance(w, wanted.weights[p], 1e-3) for p, w in strategy.weights().items())
+    held = strategy.weights()
+    weights = _worst(
+        _distance(w, wanted.weights[p], 1e-3) if p in wanted.weights else float("inf") for p, w in held.items()
+    )
     strategy.close()
     worst = max(gradients, key=gradients.__getitem__, default="")
     return Outcome(
         name, case, loss_error=_worst(losses), gradient_error=_worst([*gradients.values(), *wrong.values()]),
         norm_error=_worst(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
-        wrong_step=wrong_step, missing=tuple(sorted(seen)), wire_bytes=sent,
+        wrong_step=wrong_step, missing=tuple(sorted(missing)), held=frozenset(held), wire_bytes=sent,
     )  # fmt: skip
 
 
 def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
-    """One outcome from those of the ranks. `missing` of each rank lists what it saw."""
+    """One outcome from those of the ranks. `names` are those of all parameters: each must be held by some rank."""
     worst = max(parts, key=lambda part: part.gradient_error if part.gradient_error == part.gradient_error else 9e99)
-    seen = set().union(*(part.missing for part in parts))
+    held = frozenset().union(*(part.held for part in parts))
+    missing = (names - held).union(*(part.missing for part in parts))
     step = min(part.wrong_step for part in parts)
     first = [part for part in parts if part.wrong_step == step]
     return replace(
@@ -271,7 +279,8 @@ def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
         wrong=tuple(dict.fromkeys(itertools.chain(*(part.wrong for part in first)))),
         wrong_step=step,
         factors={name: f for part in first for name, f in part.factors.items()},
-        missing=tuple(sorted(names - seen)),
+        missing=tuple(sorted(missing)),
+        held=held,
         wire_bytes=sum(part.wire_bytes for part in parts),
     )
 

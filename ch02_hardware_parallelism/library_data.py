@@ -15,12 +15,14 @@ from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, s
 class LibraryDDP(Strategy):
     """torch.nn.parallel.DistributedDataParallel. It averages over the ranks, whatever they hold: hence the factor."""
 
+    bucket_mib: float = 1
+
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         super().__init__(model, comm, make_optimizer)
         device = next(model.parameters()).device
         ids = [device.index] if device.type == "cuda" else None
         self.ddp = nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, process_group=comm.group, gradient_as_bucket_view=True, bucket_cap_mb=1
+            model, device_ids=ids, process_group=comm.group, gradient_as_bucket_view=True, bucket_cap_mb=self.bucket_mib
         )
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:

@@ -26,9 +26,9 @@ from ch02_hardware_parallelism.comm import Comm, Done, Handle
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel, DataParallel
 from ch02_hardware_parallelism.library_data import LibraryDDP
 from ch02_hardware_parallelism.model import build
-from ch02_hardware_parallelism.rates import at_rates
+from ch02_hardware_parallelism.rates import as_flags, at_rates
 from ch02_hardware_parallelism.strategy import Batch, Strategy
-from ch02_hardware_parallelism.training import Text, adamw, flags, shape_of
+from ch02_hardware_parallelism.training import SHARED_FLAGS, Text, adamw, flags, shape_of
 from ch02_hardware_parallelism.zero1 import Zero1
 from common import dist, script
 
@@ -78,6 +78,7 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
     """Medians of interleaved steps, in ms: each kind in turn, so that all see the same machine."""
     text = Text(args, ctx.device)
     BucketedDataParallel.bucket_bytes = int(args.bucket_mib * 2**20)
+    LibraryDDP.bucket_mib = args.bucket_mib
 
     def make(kind: type[Strategy], comm: Comm) -> Strategy:
         return kind(build(shape_of(args), seed=args.seed, device=str(ctx.device)), comm, adamw(args.lr))
@@ -148,14 +149,13 @@ def draw(found: dict[str, dict], run: script.Run) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = flags(__doc__)
-    parser.add_argument("--bucket-mib", type=script.positive, default=1, help="of our buckets; DDP's have 1 MiB here")
+    parser.add_argument("--bucket-mib", type=script.positive, default=1, help="of our buckets and of DDP's")
     parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 200mbit,1gbit,5gbit")
     args = parser.parse_args(argv)
+    shape_of(args)
     run = script.start(__file__, args)
     if args.rates:
-        names = ("width", "heads", "layers", "vocab", "seq_len", "batch_size", "accumulation", "steps", "bucket_mib")
-        given = [part for n in names for part in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
-        found = at_rates(__file__, [*given, "--device", args.device], args.rates, run)
+        found = at_rates(__file__, as_flags(args, *SHARED_FLAGS, "bucket_mib"), args.rates, run)
         draw(found, run)
         kept = ("compute_ms", "communication_ms", "naive_hidden", "buckets_hidden", "ddp_hidden", "buckets_over_ddp")
         return {"world_size": 2} | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}

@@ -81,11 +81,13 @@ def chosen(args: argparse.Namespace) -> list:
     """Strategies to check: by name, or the one with a planted bug.
 
     Raises:
-        UserError: no such strategy or bug; the line lists them.
+        UserError: no such strategy or bug; the line lists them. Or both are given.
     """
+    if args.fault and args.strategy:
+        raise script.UserError("--fault has its own strategy; leave out --strategy")
     if args.fault:
         return [find_bug(args.fault).broken]
-    names = list(STRATEGIES) if args.strategy == "all" else args.strategy.split(",")
+    names = list(STRATEGIES) if args.strategy in (None, "all") else args.strategy.split(",")
     for name in names:
         harness.resolve(name)
     return names
@@ -93,7 +95,7 @@ def chosen(args: argparse.Namespace) -> list:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
-    parser.add_argument("--strategy", default="all", help=f"all, or of: {', '.join(STRATEGIES)}")
+    parser.add_argument("--strategy", help=f"all (the default), or of: {', '.join(STRATEGIES)}")
     parser.add_argument("--ranks", type=whole_numbers, default=[2, 3, 4], help="how many, comma separated")
     parser.add_argument("--accumulation", type=whole_numbers, default=[1, 4], help="micro-batches a step")
     parser.add_argument("--dtype", choices=("both", *TOLERANCE), default="both")
@@ -101,8 +103,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--library", action="store_true", help="the library's collectives instead of those by hand")
     args = parser.parse_args(argv)
     strategies, launch = chosen(args), dist.read_launch()
-    if max(args.ranks) > 4:
-        raise script.UserError(f"--ranks {max(args.ranks)}: the harness's batch is for up to 4 ranks; take 1 to 4")
+    if max(args.ranks) > 8:
+        raise script.UserError(f"--ranks {max(args.ranks)} is more than this is made for; take 1 to 8")
     if launch.launcher != "python":
         args.ranks = [launch.world_size]
     script.start(__file__, args)
@@ -130,6 +132,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise script.CheckFailed(f"{len(wrong)} of {len(done)} comparisons differ from one process", result)
     if not done:
         raise script.UserError(f"nothing was compared ({outcomes[0].skipped}); take other --ranks")
+    if args.fault:
+        raise script.CheckFailed(f"the bug {args.fault} was not found in these settings; take others", result)
     return result
 
 

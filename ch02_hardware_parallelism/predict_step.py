@@ -31,7 +31,7 @@ from ch01_intro.collectives import slowest_us
 from ch01_intro.train_baseline import average_gradients
 from ch02_hardware_parallelism import virtual_cluster
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta, fit
-from ch02_hardware_parallelism.rates import at_rates
+from ch02_hardware_parallelism.rates import as_flags, at_rates
 from common import dist, lm, profiling, script
 
 SHARES = (1 / 1024, 1 / 64, 1 / 16, 1 / 4, 1 / 2)  # sizes that the line is fitted to, of the gradients' bytes
@@ -173,9 +173,7 @@ def show(found: dict) -> None:
 
 def over_rates(args: argparse.Namespace, run: script.Run) -> dict:
     """This script in a virtual cluster of one-rank hosts, once for each rate of the links."""
-    flags = ["--preset", args.preset, "--device", args.device]
-    for name in ("steps", "batch_size", "seq_len", "fit_s", "seed"):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    flags = as_flags(args, "preset", "device", "steps", "batch_size", "seq_len", "fit_s", "seed")
     found = at_rates(__file__, flags, args.rates, run, hosts=args.hosts)
     result: dict = {"world_size": args.hosts}
     print(f"\n{'link':10}{'compute':>12}{'predicted':>12}{'measured':>12}{'error':>10}{'overlapped at best':>22}")

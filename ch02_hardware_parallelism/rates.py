@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Sequence
 
 from ch02_hardware_parallelism import virtual_cluster
 from common import dist, script
+
+
+def as_flags(args: argparse.Namespace, *names: str) -> list[str]:
+    """The command line that gives another run of the script these values."""
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
 
 
 def at_rates(
@@ -28,7 +35,9 @@ def at_rates(
         command = [file, *flags, "--run-dir", str(run.path(rate))]
         done = virtual_cluster.run(command, hosts=hosts, rate=rate, timeout_s=timeout_s, on_line=_print_unless_result)
         if done.returncode or done.result is None:
-            raise script.UserError(f"the job at {rate} failed ({done.reason(timeout_s)}); see what it says above")
+            said = re.findall(r"error(?: \[rank \d+\])?: (.*)", done.stderr)  # behind a host's name
+            why = said[0] if said else f"{done.reason(timeout_s)}; see what it says above"
+            raise script.UserError(f"the job at {rate} failed: {why}")
         found[rate] = done.result
     return found
 

@@ -16,6 +16,10 @@ from ch02_hardware_parallelism.model import Shape, Transformer, build, loss_sum
 from ch02_hardware_parallelism.strategy import Batch, Strategy, token_count
 from common import data, dist, profiling, script
 
+SHARED_FLAGS = (
+    "width", "heads", "layers", "vocab", "seq_len", "batch_size", "accumulation", "steps", "lr", "seed", "device",
+)  # fmt: skip
+
 
 def flags(doc: str | None) -> argparse.ArgumentParser:
     """Model and data. The batch is the whole job's: the ranks share it."""
@@ -23,7 +27,7 @@ def flags(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--width", type=script.at_least(1), default=256)
     made.add_argument("--heads", type=script.at_least(1), default=4)
     made.add_argument("--layers", type=script.at_least(1), default=4)
-    made.add_argument("--vocab", type=script.at_least(16), default=2048)
+    made.add_argument("--vocab", type=script.at_least(512), default=2048)
     made.add_argument("--seq-len", type=script.at_least(2), default=128)
     made.add_argument("--batch-size", type=script.at_least(1), default=8, help="sequences a micro-batch, of all ranks")
     made.add_argument("--accumulation", type=script.at_least(1), default=1, help="micro-batches a step")

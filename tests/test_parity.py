@@ -105,6 +105,23 @@ class FrozenForgotten(DataParallel):
         return {name: g for name, g in super().gradients().items() if name != "norm.bias"}
 
 
+class OnlyRankZero(DataParallel):
+    """Rank 1 has no gradients to show."""
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return super().gradients() if self.comm.rank == 0 else {}
+
+    def squared_norm(self) -> torch.Tensor:
+        return torch.stack([g.square().sum() for g in super().gradients().values()]).sum()
+
+
+class NoWeights(DataParallel):
+    """Nothing to compare after the last update."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
 class AstrayOnOneRank(DataParallel):
     """Rank 1's copy of one gradient went astray: rank 0 alone would see nothing."""
 
@@ -121,7 +138,9 @@ class NotANumber(DataParallel):
 
 
 def test_the_harness_sees_missing_astray_and_not_a_number() -> None:
-    missing, astray, nan = check([FrozenForgotten, AstrayOnOneRank, NotANumber], [Case(2)])
+    kinds = [FrozenForgotten, AstrayOnOneRank, NotANumber, OnlyRankZero, NoWeights]
+    missing, astray, nan, *unseen = check(kinds, [Case(2, frozen=True)])
+    assert [len(outcome.missing) > 60 and not outcome.ok for outcome in unseen] == [True, True]
     assert missing.missing == ("norm.bias",)
     assert not missing.ok
     assert astray.wrong == ("norm.bias",)
@@ -207,7 +226,8 @@ def test_the_table_and_the_exit_codes() -> None:
         (["--strategy", "nonsense"], "no strategy 'nonsense'; one of data-parallel"),
         (["--fault", "nonsense"], "no bug 'nonsense'; one of sum-instead-of-mean"),
         (["--ranks", "0"], "--ranks: 0 is below 1"),
-        (["--ranks", "9"], "take 1 to 4"),
+        (["--ranks", "9"], "take 1 to 8"),
+        (["--fault", "mean-of-means", "--strategy", "zero-1"], "leave out --strategy"),
         (["--strategy", "tensor-x-data", "--ranks", "3", "--accumulation", "1"], "nothing was compared"),
     ],
 )
@@ -238,3 +258,9 @@ def test_what_a_loss_curve_tells() -> None:
     healthy = [[9.0, *[level] * 10] for level in (5.0, 5.1)]
     for end, tells in ((5.15, False), (5.3, True), (float("nan"), True)):
         assert museum.Exhibit("x", [9.0, *[end] * 10], healthy, "").curve_tells is tells
+
+
+def test_a_bug_that_is_not_found_fails() -> None:
+    done = run_script(PARITY, ["--fault", "mean-of-means", "--ranks", "1", "--accumulation", "1"], timeout_s=120)
+    assert done.returncode == 1
+    assert "was not found" in done.stderr
