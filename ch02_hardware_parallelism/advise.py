@@ -23,7 +23,7 @@ from ch01_intro.topology.network import node_gbps
 from ch02_hardware_parallelism.layout import FP32, GPUS, MIXED, Advice, Cluster, Job, find_shape, rank
 from ch02_hardware_parallelism.layout.cost import GIB, LINK_EFFICIENCY, Gpu, as_json, gib
 from ch02_hardware_parallelism.layout.draw import draw
-from common import process, script
+from common import dist, process, script
 from common.script import UserError
 
 NVLINK_BYTES_PER_S = 25e9  # a link and direction, NVLink 3 and 4 (NVIDIA's data sheets: A100 12 links, H100 18)
@@ -158,6 +158,8 @@ def show(advice: Advice, job: Job, most: int) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    if dist.read_launch().launcher != "python":
+        raise script.UserError("the adviser is one process; start it with plain python")
     job = build_job(args)
     advice = rank(job)
     run = script.start(__file__, args)

@@ -4,7 +4,7 @@
     tree                sums meet in pairs up to rank 0, copies go back down  2 log2 N rounds of n
     ring                reduce-scatter around the ring, then all-gather       2 (N-1) rounds of n / N
     halving_doubling    the same with ever farther partners, ever less data   2 log2 N rounds, n / 2 + n / 4 + ...
-    hierarchical        reduce-scatter in a rack, ring among racks, and back  a rack's uplink carries n / R twice each
+    hierarchical        reduce-scatter in a rack, ring among racks, and back  each uplink of R racks: 2 (R-1) n / R
 
 Few rounds win where messages are small, few bytes where they are large, and the uplink decides where it is thin.
 

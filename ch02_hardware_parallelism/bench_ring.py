@@ -71,8 +71,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--piece-kib", type=script.at_least(1), default=allreduce.PIECE // 1024)
     parser.add_argument("--ahead", type=script.at_least(1), default=allreduce.AHEAD, help="pieces under way at once")
     args = parser.parse_args(argv)
-    run = script.start(__file__, args)
     launch = dist.read_launch()
+    if args.ranks > 64:
+        raise script.UserError(f"--ranks {args.ranks} would start as many processes here; take up to 64")
+    run = script.start(__file__, args)
     job = (args.sizes_mib, args.repeats, args.device, args.piece_kib * 1024, args.ahead)
     if launch.launcher == "python":
         times, world = ranks.values(ranks.run_ranks(tuned, args.ranks, *job, timeout_s=600))[0], args.ranks

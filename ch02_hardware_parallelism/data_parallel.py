@@ -38,7 +38,9 @@ class DataParallel(Strategy):
         with torch.no_grad():  # all start from rank 0's weights
             flat = nn.utils.parameters_to_vector(model.parameters())
             comm.broadcast(flat)
-            nn.utils.vector_to_parameters(flat, model.parameters())
+            sizes = [p.numel() for p in model.parameters()]
+            for parameter, part in zip(model.parameters(), flat.split(sizes), strict=True):
+                parameter.copy_(part.view_as(parameter))
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         divisor = self.divisor(micro_batches)

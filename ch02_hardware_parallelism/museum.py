@@ -129,7 +129,11 @@ def main(argv: list[str] | None = None) -> dict:
         find_bug(name)
     if dist.read_launch().launcher != "python":
         raise script.UserError("the museum starts its own ranks; start it with plain python")
-    shape_of(args)
+    model = build(shape_of(args))
+    for name in names:
+        bug = find_bug(name)
+        if reason := bug.healthy.why_not(model, bug.ranks):
+            raise script.UserError(f"{name}: {reason}")
     run = script.start(__file__, args)
     healthy: HealthyCurves = {}
     exhibits = []

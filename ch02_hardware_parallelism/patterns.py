@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--no-gif", action="store_true", help="draw no animation, which takes some seconds")
     args = parser.parse_args(argv)
     launch = dist.read_launch()
+    if args.ranks > 64:
+        raise script.UserError(f"--ranks {args.ranks} would start as many processes here; take up to 64")
     size = args.ranks if launch.launcher == "python" else launch.world_size
     if args.order and args.collective != "all_reduce-ring":
         raise script.UserError(f"{args.collective} is no ring; drop --order, or take all_reduce-ring")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from common.script import UserError
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["common.dist", "torch._dynamo"])  # one list for all uses; it may be set anew before
@@ -135,8 +138,14 @@ def values(ranks: Sequence[Rank]) -> list[Any]:
     """What the ranks returned.
 
     Raises:
+        UserError: one of them raised it; it is raised again here.
         RuntimeError: one of them did not end well; the message holds its stderr.
     """
+    said = [
+        line for rank in ranks for line in re.findall(r"^common\.script\.UserError: (.*)", rank.stderr, re.MULTILINE)
+    ]
+    if said:  # the cause, rather than that another rank left
+        raise UserError(min(said, key=lambda line: "left with an error" in line))
     for number, rank in enumerate(ranks):
         if rank.timed_out:
             raise RuntimeError(f"rank {number} was stopped after {rank.seconds:.0f} s\n{rank.stderr[-4000:]}")
