@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as td
 
+from ch01_intro.collectives import all_gather_single, reduce_scatter_single
 from ch02_hardware_parallelism import allreduce
 from ch02_hardware_parallelism.messages import Peers
 
@@ -132,7 +133,7 @@ class Comm:
             parts[self.rank].copy_(part)
             allreduce.ring_all_gather(parts, self.peers, owned=self.rank)
         else:
-            td.all_gather(list(whole.chunk(self.size)), part, group=self.group)
+            all_gather_single(whole, part, group=self.group)
         return whole.movedim(0, dim).contiguous()  # else every layer that reads it would make its own copy
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -149,7 +150,7 @@ class Comm:
             allreduce.ring_reduce_scatter(parts, self.peers, owned=self.rank)
             return parts[self.rank].movedim(0, dim).clone(memory_format=torch.contiguous_format)
         part = torch.empty_like(whole.chunk(self.size)[self.rank])
-        td.reduce_scatter(part, [p.contiguous() for p in whole.chunk(self.size)], group=self.group)
+        reduce_scatter_single(part, whole, group=self.group)
         return part.movedim(0, dim).contiguous()
 
     def broadcast(self, x: torch.Tensor, source: int = 0) -> None:

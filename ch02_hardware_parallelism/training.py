@@ -104,7 +104,10 @@ def train_beside_one_process(
             raise script.UserError(reason)
         parameters = sum(p.numel() for p in model.parameters())
         wanted_bytes = formula(model, ctx.world_size)
-        alone = one_process_losses(build(shape_of(args), seed=args.seed, device=str(ctx.device)), args, ctx.device)
+        alone = []
+        if ctx.is_main:
+            alone = one_process_losses(build(shape_of(args), seed=args.seed, device=str(ctx.device)), args, ctx.device)
+        ctx.barrier("one process")
         comm = Comm(by_hand=args.by_hand)
         strategy, text = make(model, comm, adamw(args.lr)), Text(args, ctx.device)
         profiling.reset_peak_memory(ctx.device)  # of the strategy's own steps
@@ -116,18 +119,21 @@ def train_beside_one_process(
             losses.append(loss.item())
             times_ms.append((time.perf_counter() - begin) * 1e3)
             sent = comm.total_sent_bytes() - before
+            if not ctx.is_main:
+                continue
             run.log(step=number + 1, loss=losses[-1], one_process_loss=alone[number])
-            if ctx.is_main and (number % max(1, args.steps // 5) == 0 or number == args.steps - 1):
+            if number % max(1, args.steps // 5) == 0 or number == args.steps - 1:
                 print(f"step {number + 1:3}  loss {losses[-1]:.6f}  one process {alone[number]:.6f}", flush=True)
         counted = sum(ctx.gather(sent))
         held = sum(w.numel() for w in strategy.model.parameters())
         further = report(strategy)
         strategy.close()
+        if not ctx.is_main:
+            return {}
         difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
-        if ctx.is_main:
-            told = f"counted {counted:,}" if args.by_hand else "not counted (--by-hand counts)"
-            wanted = "unknown" if wanted_bytes is None else f"{wanted_bytes:,}"
-            print(f"bytes on the wire a step, all ranks: by formula {wanted}, {told}")
+        told = f"counted {counted:,}" if args.by_hand else "not counted (--by-hand counts)"
+        wanted = "unknown" if wanted_bytes is None else f"{wanted_bytes:,}"
+        print(f"bytes on the wire a step, all ranks: by formula {wanted}, {told}")
         return {
             "world_size": ctx.world_size,
             "loss_first": losses[0],
