@@ -1,4 +1,4 @@
-"""The exhibits of the bug museum: wrong parallel training as it was really shipped, each an override of a few lines.
+"""The exhibits of the bug museum: wrong parallel training, each an override of a few lines, and where it was seen.
 
 Every one trains: the loss falls, and the curve looks like that of the healthy strategy beside it (museum.py). The
 parity harness finds every one, by the gradient of some parameter or by the global norm.

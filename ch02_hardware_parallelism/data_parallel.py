@@ -3,6 +3,7 @@
 You learn   why every rank must start from the same weights, what to divide by, when a bucket may leave, and why only
             after the last micro-batch
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/data_parallel.py
+The library torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/data_parallel.py --kind ddp
 Counted     torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/data_parallel.py --by-hand
 GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/data_parallel.py --width 768
 Cluster     srun python ch02_hardware_parallelism/data_parallel.py --width 768 --layers 12
@@ -17,6 +18,7 @@ from torch import nn
 
 from ch02_hardware_parallelism import training
 from ch02_hardware_parallelism.comm import Comm, Handle
+from ch02_hardware_parallelism.library_data import LibraryDDP
 from ch02_hardware_parallelism.model import loss_sum
 from ch02_hardware_parallelism.strategy import (
     Batch,
@@ -154,10 +156,12 @@ def wire_bytes(gradient_numbers: int, ranks: int, itemsize: int) -> int:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = training.flags(__doc__)
-    parser.add_argument("--kind", choices=("naive", "bucketed"), default="bucketed")
+    parser.add_argument("--kind", choices=("naive", "bucketed", "ddp"), default="bucketed", help="ddp: the library's")
     args = parser.parse_args(argv)
+    if args.by_hand and args.kind == "ddp":
+        raise script.UserError("--by-hand cannot count what the library sends; leave it out, or take another --kind")
     run = script.start(__file__, args)
-    strategy = {"naive": DataParallel, "bucketed": BucketedDataParallel}[args.kind]
+    strategy = {"naive": DataParallel, "bucketed": BucketedDataParallel, "ddp": LibraryDDP}[args.kind]
 
     def formula(model: nn.Module, ranks: int) -> int:
         return wire_bytes(sum(p.numel() for _, p in trainable(model)), ranks, itemsize=4)
