@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as td
@@ -36,20 +37,17 @@ class Done:
         return None
 
 
-_groups: dict[tuple[int, ...], td.ProcessGroup] = {}
-_world: td.ProcessGroup | None = None  # the one that they were made in
+# By the job's own group, and gone with it: one that outlives its session has threads that can abort a leaving process.
+_groups: WeakKeyDictionary[td.ProcessGroup, dict[tuple[int, ...], td.ProcessGroup]] = WeakKeyDictionary()
 
 
 def group_of(ranks: Sequence[int]) -> td.ProcessGroup:
     """The process group of these global ranks, made once. All ranks of the job must ask for the same ones in order."""
-    global _world
-    if _world is not td.group.WORLD:  # another session
-        _groups.clear()
-        _world = td.group.WORLD
+    made = _groups.setdefault(td.group.WORLD, {})
     key = tuple(ranks)
-    if key not in _groups:
-        _groups[key] = td.new_group(list(key))
-    return _groups[key]
+    if key not in made:
+        made[key] = td.new_group(list(key))
+    return made[key]
 
 
 @dataclass

@@ -177,6 +177,36 @@ def test_session_twice_in_one_process() -> None:
     assert values(run_ranks(two_sessions, 2)) == [[3.0, 30.0], [3.0, 30.0]]
 
 
+LEAVES = """
+from pathlib import Path
+import torch
+from ch02_hardware_parallelism.comm import group_of
+from common import dist, script
+
+def gloo_threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+def main():
+    with dist.session("cpu", join_timeout_s=30, timeout_s=30) as ctx:
+        import torch.distributed.nn.functional  # takes the job's group into its default arguments; so torch._dynamo
+        torch.distributed.all_reduce(torch.ones(1), group=group_of(range(ctx.world_size)))
+        during = gloo_threads()
+    return {"during": during, "after": gloo_threads()}
+
+script.run(main)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_nothing_of_gloo_outlives_a_session(tmp_path: Path) -> None:
+    """Its threads take the GIL: one that is left when Python shuts down can abort the process (exit code -6)."""
+    path = tmp_path / "leaves.py"
+    path.write_text(LEAVES)
+    found = run_script(path, 2, env={"PYTHONPATH": str(Path(__file__).parents[1])})[0].value
+    assert found["during"] > 0
+    assert found["after"] == 0
+
+
 def alone() -> dict[str, Any]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del os.environ[name]
