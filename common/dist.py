@@ -23,15 +23,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported in a session, its default arguments would keep the process group for ever
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from common import script
 from common.logs import get_logger
 from common.script import UserError, usable_cores
 
 log = get_logger()
 STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
+_closed: list[Any] = []  # process groups of sessions that are over, see _leave
 FAILED = "failed"  # key under which a rank that leaves with an error says so: the others need not wait for it
 NETWORK_HINT = (
     "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
@@ -250,6 +251,7 @@ def session(
     if launch.world_size == launch.local_world_size:  # one node: a host name that resolves elsewhere cannot hurt
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
     store = join(launch, join_timeout_s)
+    script.leave_at_once = True
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -416,6 +418,9 @@ def _leave(ctx: Context, failed: bool) -> None:
         _let_others_read(ctx.store, ctx.launch, 2)
         return
     _let_others_read(ctx.store, ctx.launch, ctx.timeout_s)
+    # A gloo thread may hold the tensors of a finished collective for a while yet, and needs the GIL to drop them. Who
+    # destroys the group last (DDP's reducer) joins that thread and holds the GIL. So the last reference stays here.
+    _closed.extend(dist.distributed_c10d._world.pg_map)
     if not _within(15, dist.destroy_process_group):
         log.warning("the process group did not close in 15 s; leaving without it")
 

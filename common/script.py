@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import functools
@@ -22,6 +23,7 @@ from typing import IO, Any, NoReturn
 from common import logs
 
 Result = dict[str, Any]
+leave_at_once = False  # set by dist.session, for _exit
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "deepspeed", "megatron-core", "ray")
 
 
@@ -235,12 +237,12 @@ def run(main: Callable[[], Result]) -> NoReturn:
     except CheckFailed as error:
         print(f"failed: {error}", file=sys.stderr, flush=True)
         _report(error.result)
-        sys.exit(1)
+        _exit(1)
     except UserError as error:
         _exit_with_line(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -250,7 +252,20 @@ def run(main: Callable[[], Result]) -> NoReturn:
             raise
         what = str(error).strip().splitlines()[0] if str(error) else "a Python allocation failed"
         _exit_with_line(f"out of memory ({what}); take a smaller --preset, --batch-size or --seq-len")
-    sys.exit(0)
+    _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave; once a process group was open, without Python's own shutdown.
+
+    A gloo thread that drops its last tensors only then aborts the process (pytorch issue 190489), whose work is done.
+    """
+    if not leave_at_once or sys.flags.interactive:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _report(result: Result) -> None:
@@ -265,4 +280,4 @@ def _exit_with_line(message: str) -> NoReturn:
     several = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
     where = f" [rank {logs.env_rank()}]" if several else ""
     print(f"error{where}: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.exit(2)
+    _exit(2)
