@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.rates:
         found = at_rates(__file__, as_flags(args, *SHARED_FLAGS, "bucket_mib"), args.rates, run)
         draw(found, run)
-        kept = [f"{name}_{part}" for name in KINDS for part in ("compute_ms", "communication_ms", "hidden")]
+        kept = [f"{name}_{part}" for name in KINDS for part in ("ms", "compute_ms", "communication_ms", "hidden")]
         kept.append("buckets_over_ddp")
         return {"world_size": 2} | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}
     with dist.session(args.device) as ctx:
