@@ -13,6 +13,7 @@ You see     bytes counted message by message, equal to the formula; what the net
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 
 from ch01_intro.memory import SavedActivations
@@ -20,12 +21,20 @@ from ch02_hardware_parallelism import data_parallel, sequence_parallel, tensor_p
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel
 from ch02_hardware_parallelism.model import Shape, build
-from ch02_hardware_parallelism.overlap import WARM_UP, timed_ms, train_step
-from ch02_hardware_parallelism.rates import as_flags, at_rates
+from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, refuse_one_rank
 from ch02_hardware_parallelism.sequence_parallel import SequenceParallel
 from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
-from ch02_hardware_parallelism.training import SHARED_FLAGS, Text, adamw, flags, shape_of
+from ch02_hardware_parallelism.training import (
+    SHARED_FLAGS,
+    WARM_UP,
+    Text,
+    adamw,
+    flags,
+    shape_of,
+    timed_ms,
+    train_step,
+)
 from common import dist, script
 
 KINDS: dict[str, type[Strategy]] = {
@@ -86,7 +95,7 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
         batches = text.step()
         for kind, strategy in strategies.items():
             card = virtual_cluster.nic_bytes()[0] if in_cluster else 0
-            times[kind].append(timed_ms(lambda: train_step(strategy, batches), ctx.device))  # noqa: B023
+            times[kind].append(timed_ms(functools.partial(train_step, strategy, batches), ctx.device))
             carried[kind] += virtual_cluster.nic_bytes()[0] - card if in_cluster else 0
     cards = ctx.gather(carried)
     for kind in KINDS:
@@ -117,7 +126,7 @@ def show(result: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     parser = flags(__doc__)
     parser.set_defaults(steps=5)
-    parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 100mbit,5gbit")
+    add_rates(parser)
     args = parser.parse_args(argv)
     shape_of(args)
     run = script.start(__file__, args)
@@ -129,8 +138,7 @@ def main(argv: list[str] | None = None) -> dict:
             result |= {f"{key}_{rate}": row[key] for key in row if key.endswith(("step_ms", "card_over_formula"))}
         return result
     with dist.session(args.device) as ctx:
-        if ctx.world_size < 2:
-            raise script.UserError("one rank sends nothing; start it with torchrun, or pass --rates 100mbit,5gbit")
+        refuse_one_rank(ctx)
         result = measure(args, ctx)
         if ctx.is_main:
             show(result)

@@ -8,119 +8,148 @@ Cluster     srun python ch02_hardware_parallelism/overlap.py --width 1024 --laye
 You see     naive hides nothing. Buckets hide what fits beside backward: most on a fast link, a part on a slow one,
             where the step is as long as its messages. Ours against DDP's, step by step in one run.
 
-compute is a step in which the collectives do nothing; communication is the collectives alone, without any compute;
-exposed = step - compute; hidden = 1 - exposed / communication.
+Every way has its own two parts: compute is its step when the messages are not sent, communication its messages without
+the step. exposed = step - compute; hidden = 1 - exposed / communication. It is below 0 where sending slows computing
+down, as when gloo's threads need the cores of a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.distributed as td
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 from ch02_hardware_parallelism.comm import Comm, Done, Handle
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel, DataParallel
 from ch02_hardware_parallelism.library_data import LibraryDDP
 from ch02_hardware_parallelism.model import build
-from ch02_hardware_parallelism.rates import as_flags, at_rates
-from ch02_hardware_parallelism.strategy import Batch, Strategy
-from ch02_hardware_parallelism.training import SHARED_FLAGS, Text, adamw, flags, shape_of
+from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, refuse_one_rank
+from ch02_hardware_parallelism.strategy import Strategy
+from ch02_hardware_parallelism.training import (
+    SHARED_FLAGS,
+    WARM_UP,
+    Text,
+    adamw,
+    flags,
+    shape_of,
+    timed_ms,
+    train_step,
+)
 from ch02_hardware_parallelism.zero1 import Zero1
 from common import dist, script
 
-WARM_UP = 2
 KINDS: dict[str, type[Strategy]] = {
     "naive": DataParallel, "buckets": BucketedDataParallel, "ddp": LibraryDDP, "zero1": Zero1,
 }  # fmt: skip
+Message = tuple[str, torch.Tensor, bool]  # the collective, what goes in, whether the step goes on meanwhile
 
 
+@dataclass
 class Silent(Comm):
-    """A communicator that says nothing: what is left of a step is compute."""
+    """Sends nothing and notes what it was given: what is left of a step is compute.
+
+    The ranks' weights drift apart, but each rank's stay those of a training.
+    """
+
+    noted: list[tuple[str, int, bool]] = field(default_factory=list)
+    gathered: torch.Tensor | None = None
 
     def all_reduce(self, x: torch.Tensor, *, async_op: bool = False) -> Handle:
+        self.noted.append(("all_reduce", x.numel(), async_op))
         return Done()
 
+    def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        self.noted.append(("reduce_scatter", x.numel(), False))
+        return x.chunk(self.size, dim)[self.rank]
 
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """What the first call got, which was a real one: made-up weights could overflow."""
+        self.noted.append(("all_gather", x.numel(), False))
+        if self.gathered is None:
+            self.gathered = super().all_gather(x, dim)
+        return self.gathered
 
-
-def timed_ms(action: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds until all ranks are done, begun together."""
-    td.barrier()
-    settle(device)
-    begin = time.perf_counter()
-    action()
-    settle(device)
-    took = torch.tensor((time.perf_counter() - begin) * 1e3, device=device)
-    td.all_reduce(took, op=td.ReduceOp.MAX)
-    return took.item()
-
-
-def train_step(strategy: Strategy, batches: list[Batch]) -> None:
-    strategy.backward(batches)
-    strategy.update()
+    def ddp_bucket(self, bucket):  # no annotations: DDP checks them, and would find strings
+        """In place of DDP's own all_reduce of a bucket, which no Comm sees. It divides first, and so does this."""
+        self.all_reduce(bucket.buffer().div_(self.size), async_op=True)
+        return noop_hook(None, bucket)
 
 
-def messages_of(strategy: BucketedDataParallel) -> None:
-    """The communication of a step without its compute: every bucket at once, as fast as the link takes them."""
-    handles = [strategy.comm.all_reduce(torch.empty_like(b.flat), async_op=True) for b in strategy.buckets]
-    for handle in handles:
-        handle.wait()
+def silent_twin(make: Callable[[Comm], Strategy], text: Text) -> tuple[Strategy, list[Message]]:
+    """The strategy without its messages, and the messages of a step, of zeros."""
+    comm = Silent()
+    twin = make(comm)
+    if isinstance(twin, LibraryDDP):
+        twin.ddp.register_comm_hook(comm, Silent.ddp_bucket)
+    for _ in range(WARM_UP):
+        comm.noted.clear()
+        train_step(twin, text.step())
+    return twin, [(name, torch.zeros(numbers, device=text.device), later) for name, numbers, later in comm.noted]
+
+
+def send(messages: list[Message], comm: Comm) -> None:
+    """The communication of a step: what backward would not wait for goes out at once."""
+    under_way: list[Handle] = []
+    for collective, x, async_op in messages:
+        if async_op:
+            under_way.append(comm.all_reduce(x, async_op=True))
+            continue
+        while under_way:
+            under_way.pop(0).wait()
+        getattr(comm, collective)(x)
 
 
 def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
     """Medians of interleaved steps, in ms: each kind in turn, so that all see the same machine."""
-    text = Text(args, ctx.device)
+    text, comm = Text(args, ctx.device), Comm()
     BucketedDataParallel.bucket_bytes = int(args.bucket_mib * 2**20)
     LibraryDDP.bucket_mib = args.bucket_mib
 
     def make(kind: type[Strategy], comm: Comm) -> Strategy:
         return kind(build(shape_of(args), seed=args.seed, device=str(ctx.device)), comm, adamw(args.lr))
 
-    strategies = {name: make(kind, Comm()) for name, kind in KINDS.items()}
-    alone = make(BucketedDataParallel, Comm())
-    silent = make(DataParallel, Comm())
-    silent.comm = Silent()
-    actions: dict[str, Callable[[list[Batch]], object]] = {
-        "compute": lambda batches: train_step(silent, batches),
-        "communication": lambda batches: messages_of(alone),  # type: ignore[arg-type]
-        **{name: lambda batches, s=s: train_step(s, batches) for name, s in strategies.items()},  # type: ignore[misc]
-    }
-    rows: dict[str, list[float]] = {name: [] for name in actions}
+    strategies = {name: make(kind, comm) for name, kind in KINDS.items()}
+    twins = {name: silent_twin(partial(make, kind), text) for name, kind in KINDS.items()}
+    rows: dict[str, list[float]] = {}
     for _ in range(args.steps + WARM_UP):
         batches = text.step()
-        for name, action in actions.items():
-            rows[name].append(timed_ms(lambda: action(batches), ctx.device))  # noqa: B023
-    medians = {name: statistics.median(times[WARM_UP:]) for name, times in rows.items()}
-    ratios = [d / b for d, b in zip(rows["ddp"][WARM_UP:], rows["buckets"][WARM_UP:], strict=True)]
-    tokens = args.batch_size * args.accumulation * args.seq_len
-    result = {"world_size": ctx.world_size, "backend": "nccl" if ctx.device.type == "cuda" else "gloo"}
-    result |= {"compute_ms": medians["compute"], "communication_ms": medians["communication"]}
-    for name in KINDS:
-        exposed = medians[name] - medians["compute"]
-        result |= {
-            f"{name}_ms": medians[name],
-            f"{name}_exposed_ms": exposed,
-            f"{name}_hidden": 1 - exposed / medians["communication"],
-            f"{name}_tokens_per_s": tokens / medians[name] * 1e3,
+        actions: dict[str, Callable[[], object]] = {
+            **{f"{name}_ms": partial(train_step, strategy, batches) for name, strategy in strategies.items()},
+            **{f"{name}_compute_ms": partial(train_step, twin, batches) for name, (twin, _) in twins.items()},
+            **{f"{name}_communication_ms": partial(send, messages, comm) for name, (_, messages) in twins.items()},
         }
+        for name, action in actions.items():
+            rows.setdefault(name, []).append(timed_ms(action, ctx.device))
+    timed = {name: times[WARM_UP:] for name, times in rows.items()}
+    result: dict = {"world_size": ctx.world_size, "backend": "nccl" if ctx.device.type == "cuda" else "gloo"}
+    result |= {name: statistics.median(times) for name, times in timed.items()}
+    tokens = args.batch_size * args.accumulation * args.seq_len
+    for name in KINDS:
+        step, compute, communication = (result[f"{name}_{part}ms"] for part in ("", "compute_", "communication_"))
+        result |= {
+            f"{name}_exposed_ms": step - compute,
+            f"{name}_hidden": 1 - (step - compute) / communication,
+            f"{name}_tokens_per_s": tokens / step * 1e3,
+        }
+    ratios = [d / b for d, b in zip(timed["ddp_ms"], timed["buckets_ms"], strict=True)]
     result["buckets_over_ddp"] = statistics.median(ratios)  # of tokens/s, so of the inverse times
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return result | {"buckets_over_ddp_p25": quartiles[0], "buckets_over_ddp_p75": quartiles[2]}
 
 
 def show(result: dict) -> None:
-    print(f"compute {result['compute_ms']:.1f} ms, communication alone {result['communication_ms']:.1f} ms")
-    print(f"{'':10}{'step ms':>10}{'exposed ms':>12}{'hidden':>9}{'tokens/s':>11}")
+    print(f"{'ms':10}{'compute':>9}{'communication':>15}{'step':>9}{'exposed':>9}{'hidden':>9}{'tokens/s':>11}")
     for name in KINDS:
-        step, exposed, hidden, rate = (result[f"{name}_{k}"] for k in ("ms", "exposed_ms", "hidden", "tokens_per_s"))
-        print(f"{name:10}{step:10.1f}{exposed:12.1f}{hidden:9.0%}{rate:11,.0f}")
+        compute, communication, step, exposed = (
+            result[f"{name}_{part}ms"] for part in ("compute_", "communication_", "", "exposed_")
+        )
+        hidden, rate = result[f"{name}_hidden"], result[f"{name}_tokens_per_s"]
+        print(f"{name:10}{compute:9.1f}{communication:15.1f}{step:9.1f}{exposed:9.1f}{hidden:9.0%}{rate:11,.0f}")
     low, high = result["buckets_over_ddp_p25"], result["buckets_over_ddp_p75"]
     print(f"tokens/s of our buckets over DDP's: {result['buckets_over_ddp']:.3f} (quartiles {low:.3f} to {high:.3f})")
 
@@ -135,14 +164,14 @@ def draw(found: dict[str, dict], run: script.Run) -> None:
     figure, grid = pyplot.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), layout="constrained", squeeze=False)
     for axes, (rate, row) in zip(grid.flat, found.items(), strict=True):
         names = list(KINDS)
-        exposed = [max(0.0, row[f"{name}_exposed_ms"]) for name in names]
-        axes.bar(names, [row["compute_ms"]] * len(names), color="#1f5c99", label="compute")
-        bars = axes.bar(names, exposed, bottom=row["compute_ms"], color="#b3541e", label="communication that shows")
-        axes.bar_label(bars, [f"{row[f'{name}_hidden']:.0%} hidden" for name in names], fontsize=8, padding=2)
+        compute, exposed = ([row[f"{name}_{part}_ms"] for name in names] for part in ("compute", "exposed"))
+        axes.bar(names, compute, color="#1f5c99", label="compute")
+        bars = axes.bar(names, exposed, bottom=compute, color="#b3541e", label="communication that shows")
+        axes.bar_label(bars, [f"{row[f'{name}_hidden']:.0%}\nhidden" for name in names], fontsize=8, padding=2)
         axes.set(title=rate, ylabel="ms a step")
-        axes.margins(y=0.15)
+        axes.margins(y=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    grid.flat[0].legend(frameon=False, fontsize=8)
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(run.path("overlap.png"), dpi=120)
     pyplot.close(figure)
 
@@ -150,18 +179,18 @@ def draw(found: dict[str, dict], run: script.Run) -> None:
 def main(argv: list[str] | None = None) -> dict:
     parser = flags(__doc__)
     parser.add_argument("--bucket-mib", type=script.positive, default=1, help="of our buckets and of DDP's")
-    parser.add_argument("--rates", type=lambda text: text.split(","), help="of virtual links: 200mbit,1gbit,5gbit")
+    add_rates(parser)
     args = parser.parse_args(argv)
     shape_of(args)
     run = script.start(__file__, args)
     if args.rates:
         found = at_rates(__file__, as_flags(args, *SHARED_FLAGS, "bucket_mib"), args.rates, run)
         draw(found, run)
-        kept = ("compute_ms", "communication_ms", "naive_hidden", "buckets_hidden", "ddp_hidden", "buckets_over_ddp")
+        kept = [f"{name}_{part}" for name in KINDS for part in ("ms", "compute_ms", "communication_ms", "hidden")]
+        kept.append("buckets_over_ddp")
         return {"world_size": 2} | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}
     with dist.session(args.device) as ctx:
-        if ctx.world_size < 2:
-            raise script.UserError("one rank sends nothing; start it with torchrun, or pass --rates 200mbit,1gbit")
+        refuse_one_rank(ctx)
         result = measure(args, ctx)
         if ctx.is_main:
             show(result)

@@ -10,6 +10,28 @@ from ch02_hardware_parallelism import virtual_cluster
 from common import dist, script
 
 
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """The flag --rates, refused where one of them is none: before anything has been made."""
+    parser.add_argument("--rates", type=rate_list, help="run on virtual links of these rates: 100mbit,1gbit,5gbit")
+
+
+def rate_list(text: str) -> list[str]:
+    """argparse type: rates between commas, in tc's units."""
+    rates = text.split(",")
+    for rate in rates:
+        try:
+            virtual_cluster.parse_rate(rate)
+        except script.UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return rates
+
+
+def refuse_one_rank(ctx: dist.Context) -> None:
+    """Raises UserError in a job of one rank: there is no communication to measure."""
+    if ctx.world_size < 2:
+        raise script.UserError("one rank sends nothing; start it with torchrun, or pass --rates 100mbit,1gbit")
+
+
 def as_flags(args: argparse.Namespace, *names: str) -> list[str]:
     """The command line that gives another run of the script these values."""
     return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]

@@ -178,7 +178,7 @@ def held(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = training.flags(__doc__)
+    parser = training.flags(__doc__, by_hand=True)
     parser.add_argument("--strategy", choices=FAMILY, default=FAMILY[0])
     parser.add_argument("--sequence-parallel", dest="strategy", action="store_const", const="sequence-parallel")
     args = parser.parse_args(argv)

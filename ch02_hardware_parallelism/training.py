@@ -1,4 +1,4 @@
-"""What the strategies' scripts share: their flags, real text, and a few steps beside the same steps in one process."""
+"""What the strategies' scripts share: flags, real text, timed steps, and steps beside the same ones in one process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ch01_intro.collectives import slowest_us
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape, Transformer, build, loss_sum
 from ch02_hardware_parallelism.strategy import Batch, Strategy, token_count
@@ -19,10 +20,11 @@ from common import data, dist, profiling, script
 SHARED_FLAGS = (
     "width", "heads", "layers", "vocab", "seq_len", "batch_size", "accumulation", "steps", "lr", "seed", "device",
 )  # fmt: skip
+WARM_UP = 2  # steps before the timed ones: memory is allocated, and DDP has settled on its buckets
 
 
-def flags(doc: str | None) -> argparse.ArgumentParser:
-    """Model and data. The batch is the whole job's: the ranks share it."""
+def flags(doc: str | None, *, by_hand: bool = False) -> argparse.ArgumentParser:
+    """Model and data, and --by-hand where the script can count. The batch is the whole job's: the ranks share it."""
     made = script.parser(doc)
     made.add_argument("--width", type=script.at_least(1), default=256)
     made.add_argument("--heads", type=script.at_least(1), default=4)
@@ -33,7 +35,8 @@ def flags(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--accumulation", type=script.at_least(1), default=1, help="micro-batches a step")
     made.add_argument("--steps", type=script.at_least(1), default=20)
     made.add_argument("--lr", type=script.positive, default=1e-3)
-    made.add_argument("--by-hand", action="store_true", help="collectives from send and receive, every byte counted")
+    if by_hand:
+        made.add_argument("--by-hand", action="store_true", help="collectives from send and receive, bytes counted")
     return made
 
 
@@ -67,6 +70,16 @@ class Text:
 
 def adamw(lr: float) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def train_step(strategy: Strategy, micro_batches: list[Batch]) -> None:
+    strategy.backward(micro_batches)
+    strategy.update()
+
+
+def timed_ms(action: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of the slowest rank; all begin together."""
+    return slowest_us(action, device, repeats=1)[0] / 1e3
 
 
 def one_process_losses(model: nn.Module, args: argparse.Namespace, device: torch.device) -> list[float]:
