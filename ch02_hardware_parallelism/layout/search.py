@@ -223,8 +223,9 @@ def explain(winner: Plan, rows: list[Row]) -> str:
     ]
     sharded = {0: "nothing", 1: "the optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
     if layout.dp * layout.cp > 1:
+        of_cp = f" ({layout.dp} × CP {layout.cp})" if layout.cp > 1 else ""
         lines.append(
-            f"Data parallelism over {layout.dp} ranks, sharding {sharded[layout.zero]}; {m} micro-batches of "
+            f"Data parallelism over {layout.dp * layout.cp} ranks{of_cp}, sharding {sharded[layout.zero]}; {m} micro-batches of "
             f"{layout.micro_batch} a step. Of its communication {seconds['dp'] / winner.step_s:.1%} of the step is not "
             "hidden behind compute."
         )
@@ -236,7 +237,7 @@ def explain(winner: Plan, rows: list[Row]) -> str:
         lines.append(f"SP shares the norms out too: {layout.tp} times less of them to make and to keep.")
     if layout.pp > 1:
         lines.append(
-            f"PP {layout.pp} sends only activations between nodes; {layout.chunks} chunks a GPU and {m} micro-batches "
+            f"PP {layout.pp} sends only activations to the next stage; {layout.chunks} stages a GPU and {m} micro-batches "
             f"leave a bubble of {winner.bubble:.0%}."
         )
     if layout.cp > 1:
