@@ -225,9 +225,9 @@ def explain(winner: Plan, rows: list[Row]) -> str:
     if layout.dp * layout.cp > 1:
         of_cp = f" ({layout.dp} × CP {layout.cp})" if layout.cp > 1 else ""
         lines.append(
-            f"Data parallelism over {layout.dp * layout.cp} ranks{of_cp}, sharding {sharded[layout.zero]}; {m} micro-batches of "
-            f"{layout.micro_batch} a step. Of its communication {seconds['dp'] / winner.step_s:.1%} of the step is not "
-            "hidden behind compute."
+            f"Data parallelism over {layout.dp * layout.cp} ranks{of_cp}, sharding {sharded[layout.zero]}; {m} "
+            f"micro-batches of {layout.micro_batch} a step. Of its communication {seconds['dp'] / winner.step_s:.1%} "
+            "of the step is not hidden behind compute."
         )
     if layout.tp > 1:
         where = "stays inside a node" if layout.tp <= job.cluster.gpus_per_node else "crosses nodes"
@@ -237,8 +237,8 @@ def explain(winner: Plan, rows: list[Row]) -> str:
         lines.append(f"SP shares the norms out too: {layout.tp} times less of them to make and to keep.")
     if layout.pp > 1:
         lines.append(
-            f"PP {layout.pp} sends only activations to the next stage; {layout.chunks} stages a GPU and {m} micro-batches "
-            f"leave a bubble of {winner.bubble:.0%}."
+            f"PP {layout.pp} sends only activations to the next stage; {layout.chunks} stages a GPU and {m} "
+            f"micro-batches leave a bubble of {winner.bubble:.0%}."
         )
     if layout.cp > 1:
         lines.append(f"CP {layout.cp} leaves {job.seq_len // layout.cp:,} of {job.seq_len:,} tokens on a GPU.")
