@@ -1,6 +1,7 @@
 """Which parallelism for this model on this cluster? Every layout costed, the best one explained, the others answered.
 
-You learn   what DP, ZeRO-1/2/3 (FSDP), TP, PP and CP take in memory, on the wire and in time, and when to use which
+You learn   what DP, ZeRO-1/2/3 (FSDP), TP without and with sequence parallelism (SP), PP and CP take in memory, on the
+            wire and in time, and when to use which
 Laptop      python ch02_hardware_parallelism/advise.py --model llama-8b --gpus 8 --global-batch 16
             python ch02_hardware_parallelism/advise.py --model llama-405b --gpus 8192 --global-batch-tokens 16777216
             python ch02_hardware_parallelism/advise.py --model nano --gpu cpu-measured --gpus 2 --seq-len 128
@@ -21,14 +22,19 @@ from pathlib import Path
 from ch01_intro import topology
 from ch01_intro.topology.network import node_gbps
 from ch02_hardware_parallelism.layout import FP32, GPUS, MIXED, Advice, Cluster, Job, find_shape, rank
-from ch02_hardware_parallelism.layout.cost import GIB, LINK_EFFICIENCY, Gpu, as_json, gib
+from ch02_hardware_parallelism.layout.cluster import GIB, LINK_EFFICIENCY
+from ch02_hardware_parallelism.layout.cost import as_json, gib
 from ch02_hardware_parallelism.layout.draw import draw
+from ch02_hardware_parallelism.layout.search import SIMPLE
+from ch02_hardware_parallelism.links import nvlink_gb_per_s, pcie_gb_per_s
 from common import dist, process, script
 from common.script import UserError
 
-NVLINK_BYTES_PER_S = 25e9  # a link and direction, NVLink 3 and 4 (NVIDIA's data sheets: A100 12 links, H100 18)
-PCIE_BYTES_PER_S = 32e9  # PCIe 4.0 x16, one direction
-CHECK = "torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/check_adviser.py --device cpu"
+WIDTH = 42  # of a layout's name in the table
+MEASURED_RANKS = 2
+CHECK = (
+    f"torchrun --standalone --nproc-per-node={MEASURED_RANKS} ch02_hardware_parallelism/check_adviser.py --device cpu"
+)
 
 
 def detected(folder: Path | None) -> tuple[str, int, float, float]:
@@ -50,26 +56,19 @@ def detected(folder: Path | None) -> tuple[str, int, float, float]:
     }.get(family)
     if name is None:
         raise UserError(f"no figures for a GPU {model!r}; pass the closest of {', '.join(GPUS)} with --gpu")
-    per_pair = [topology.nvlinks(kind) for kind in machine.gpu_links().values()]
-    intra = min(per_pair, default=0) * NVLINK_BYTES_PER_S or PCIE_BYTES_PER_S
+    links = min((topology.nvlinks(kind) for kind in machine.gpu_links().values()), default=0)
+    intra = nvlink_gb_per_s(model, links) or pcie_gb_per_s(4, 16) or 0.0  # where NVLink does not join all pairs
     gbps = node_gbps(machine)
     inter = gbps * 1e9 / 8 / len(machine.gpus) if gbps else GPUS[name].inter
-    return name, len(machine.gpus), intra, inter
+    return name, len(machine.gpus), intra * 1e9, inter
 
 
-def measured_cpu(ranks: int) -> Cluster:
-    """This machine's cores as a cluster: rates of two ranks, measured by check_adviser.py."""
+def measured_cpu() -> Cluster:
+    """This machine's cores as a cluster of two ranks, measured by check_adviser.py."""
     done = process.run(CHECK, timeout_s=180)
     if done.result is None:
         raise UserError(f"the measurement failed ({done.reason()}); try it by itself: {CHECK}")
-    found = done.result
-    link = found["allreduce_bytes_per_s"] / LINK_EFFICIENCY
-    gpu = Gpu(
-        peak=found["matmul_flops_per_s"], memory=found["available_bytes"] / ranks,
-        memory_rate=found["triad_bytes_per_s"], intra=link, inter=link, efficiency=found["efficiency"],
-    )  # fmt: skip
-    alpha = found["allreduce_alpha_us"] * 1e-6 / 2  # an all_reduce on two ranks is two hops
-    return Cluster(ranks, ranks, gpu, runtime_bytes=0, intra_latency_s=alpha, inter_latency_s=alpha)
+    return Cluster.measured(done.result)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -107,6 +106,14 @@ def build_job(args: argparse.Namespace) -> Job:
         )
     if args.efficiency and args.efficiency > 1:
         raise UserError(f"an efficiency of {args.efficiency:g} is above 1; pass the share of the peak, such as 0.46")
+    if args.gpu == "cpu-measured":
+        asked = {args.gpus, args.gpus_per_node} - {None, MEASURED_RANKS}
+        if asked or args.detect is not False:
+            raise UserError(
+                f"--gpu cpu-measured is {MEASURED_RANKS} ranks on this machine, and says nothing of others; leave out "
+                "--gpus, --gpus-per-node and --detect"
+            )
+        args.gpus = args.gpus_per_node = MEASURED_RANKS
     name, per_node, gpus = args.gpu or "h100-80g", args.gpus_per_node or 8, args.gpus or 16
     intra = inter = None
     if args.detect is not False:
@@ -114,7 +121,7 @@ def build_job(args: argparse.Namespace) -> Job:
         name, per_node, gpus = args.gpu or found, args.gpus_per_node or node, args.gpus or node
     if gpus > per_node and gpus % per_node:
         raise UserError(f"{gpus} GPUs do not fill nodes of {per_node}; pass a multiple, or another --gpus-per-node")
-    cluster = measured_cpu(gpus) if name == "cpu-measured" else Cluster.of(name, gpus, per_node)
+    cluster = measured_cpu() if name == "cpu-measured" else Cluster.of(name, gpus, per_node)
     rates = {
         "intra": args.intra_bandwidth * 1e9 if args.intra_bandwidth else intra,
         "inter": args.inter_bandwidth * 1e9 if args.inter_bandwidth else inter,
@@ -134,15 +141,15 @@ def show(advice: Advice, job: Job, most: int) -> None:
         f"{gpu.intra / 1e9:.3g} GB/s in the node, {gpu.inter / 1e9:.3g} GB/s between nodes; of a link "
         f"{LINK_EFFICIENCY:.0%} is reached\n{advice.considered:,} layouts considered; the best of each strategy:\n"
     )
-    print(f"{'layout':34} micro  chunks  recompute     GiB  sent GiB    step s    MFU  why")
+    print(f"{'layout':{WIDTH}} micro  chunks  recompute     GiB  sent GiB    step s    MFU  why")
     possible = [row for row in advice.rows if row.plan is not None]
-    simple = [row for row in possible[most:] if row.kind in ("DP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "TP", "PP")]
+    simple = [row for row in possible[most:] if row.kind in SIMPLE]
     for row in possible[:most] + simple:
         made, layout = row.plan, row.plan.layout
-        time = f"{made.step_s:9.3g} {made.mfu:6.1%}" if made.fits else f"{'-':>9} {'-':>6}"
+        mfu = f"{made.mfu:6.1%}" if made.fits else f"{'-':>6}"
         print(
-            f"{layout!s:34} {layout.micro_batch:5} {layout.chunks:7}  {layout.recompute:9} "
-            f"{gib(made.memory_bytes):>7} {gib(sum(made.wire.values())):>9} {time}  {row.why}"
+            f"{layout!s:{WIDTH}} {layout.micro_batch:5} {layout.chunks:7}  {layout.recompute:9} "
+            f"{gib(made.memory_bytes):>7} {gib(sum(made.wire.values())):>9} {made.step_s:9.3g} {mfu}  {row.why}"
         )
     if left := len(possible) - min(most, len(possible)) - len(simple):
         print(f"... and {left} more strategies (--rows)")
@@ -181,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
         "parameters": job.shape.parameters,
         "gpus": job.cluster.gpus,
         "winner": str(advice.winner.layout),
-        **{key: best[key] for key in ("dp", "tp", "pp", "cp", "zero", "recompute", "micro_batch", "chunks")},
+        **{key: best[key] for key in ("dp", "tp", "sp", "pp", "cp", "zero", "recompute", "micro_batch", "chunks")},
         **{key: best[key] for key in ("memory_gib", "step_s", "mfu", "tokens_per_s_gpu", "bubble")},
         "capacity_gib": job.cluster.gpu.memory / GIB,
         "considered": advice.considered,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ch02_hardware_parallelism import advise, check_adviser
-from ch02_hardware_parallelism.layout import Cluster, Job, Layout, find_shape, plan, rank
-from ch02_hardware_parallelism.layout.cost import (
-    GPUS,
-    INTER_LATENCY_S,
-    LINK_EFFICIENCY,
-    in_flight,
-    layer_activations,
-    refuse,
-    stage_layers,
-)
-from ch02_hardware_parallelism.layout.search import degrees, variants
+from ch02_hardware_parallelism.layout import FP32, GPUS, Cluster, Job, Layout, find_shape, plan, rank
+from ch02_hardware_parallelism.layout.cluster import INTER_LATENCY_S, LINK_EFFICIENCY
+from ch02_hardware_parallelism.layout.job import refuse, stage_layers
+from ch02_hardware_parallelism.layout.memory import in_flight, layer_activations
+from ch02_hardware_parallelism.layout.search import SIMPLE, degrees, variants
 from common import lm, process
 from common.script import UserError
 from tests import spawn
@@ -58,8 +53,9 @@ def test_states_by_zero_stage(zero: int, a_parameter: float) -> None:
 def test_activations_of_a_layer() -> None:
     # 8B: norms 2 x 4 x 4096; MLP 2 x 3 x 14336; q, k, v and output 2 x 2 x (4096 + 1024); log-sum-exp 4 x 32
     assert layer_activations(LLAMA_8B) == 32768 + 86016 + 20480 + 128
-    assert layer_activations(LLAMA_8B, tp=8) == (32768 + 86016 + 20480 + 128) / 8
-    assert layer_activations(LLAMA_8B, tp=8, sequence_parallel=False) == 32768 + (86016 + 20480 + 128) / 8
+    assert layer_activations(LLAMA_8B, tp=8, sp=True) == (32768 + 86016 + 20480 + 128) / 8
+    assert layer_activations(LLAMA_8B, tp=8) == 32768 + (86016 + 20480 + 128) / 8
+    assert layer_activations(LLAMA_8B, tp=8, recompute="full") == 2 * 4096
     assert layer_activations(LLAMA_8B, recompute="selective") == 16384 + 57344 + 20480 + 128
     assert layer_activations(LLAMA_8B, recompute="full") == 2 * 4096
     parts = plan(job(), Layout(dp=8, zero=3, micro_batch=2)).memory
@@ -95,13 +91,29 @@ def test_bytes_on_the_wire() -> None:
         assert wire["dp gradients"] == pytest.approx(reduced * ring * gradients)
         assert wire["fsdp gathers"] == pytest.approx(gathered * ring * gradients)
     residual = 8192 * 4096 * 2
+    with_sp = plan(job(batch=4), Layout(tp=8, sp=True)).wire
+    assert with_sp["tp"] == 4 * 32 * (8 + 2) * ring * residual  # two regions' inputs are gathered again
     wire = plan(job(batch=4), Layout(tp=8)).wire
-    assert wire["tp"] == 4 * 32 * 8 * ring * residual
+    assert wire["tp"] == 4 * 32 * 4 * 2 * ring * residual  # four all_reduces in each layer
     assert wire["dp gradients"] == wire["pp"] == wire["cp"] == 0
     wire = plan(job(batch=4), Layout(tp=2, pp=4)).wire
-    assert wire["pp"] == 4 * 2 * residual / 2
+    assert wire["pp"] == 4 * 2 * residual
+    assert plan(job(batch=4), Layout(tp=2, pp=4, sp=True)).wire["pp"] == 4 * 2 * residual / 2
     wire = plan(job(batch=4), Layout(cp=8)).wire
     assert wire["cp"] == pytest.approx(4 * 32 * 3 * ring * 2 * 8192 * 1024 * 2)
+
+
+def test_sequence_parallelism_saves_memory_and_the_norms_time_not_communication() -> None:
+    without, with_sp = (plan(job(batch=4), Layout(tp=8, sp=sp)) for sp in (False, True))
+    assert without.seconds["tp"] == with_sp.seconds["tp"]
+    assert without.memory["activations"] - with_sp.memory["activations"] == 8192 * 32 * 32768 * 7 / 8
+    # ten times h is read or written for each token and layer, seven eighths of it needlessly
+    assert without.seconds["replicated"] == pytest.approx(4 * 8192 * 32 * 10 * 4096 * 2 * 7 / 8 / 3.35e12)
+    assert with_sp.seconds["replicated"] == plan(job(), Layout(dp=8)).seconds["replicated"] == 0
+    # Korthikanti et al., table 4: a layer of their 22 B model, 8 A100, took 19.6 ms without and 19.0 with SP
+    gpt = replace(find_shape("llama-8b"), hidden_size=6144, num_hidden_layers=1, num_attention_heads=64)
+    layer = plan(Job(gpt, Cluster.of("a100-80g", 8), 2048, 4), Layout(tp=8, micro_batch=4))
+    assert 0.3e-3 < layer.seconds["replicated"] < 0.6e-3
 
 
 def test_links() -> None:
@@ -133,6 +145,8 @@ def test_layers_of_a_stage() -> None:
     [
         (Layout(tp=16), "8 key-value heads do not divide by TP 16"),
         (Layout(tp=3), "32 attention heads do not divide by TP 3"),
+        (Layout(tp=1, sp=True), "sequence parallelism shares work out among tensor-parallel ranks, and TP is 1"),
+        (Layout(dp=2, tp=4, sp=True), None),
         (Layout(dp=32), "the batch of 16 sequences allows only 16 data-parallel ranks, this needs 32"),
         (Layout(dp=8, micro_batch=4), "16 sequences do not divide into 8 ranks × micro-batches of 4"),
         (Layout(pp=5), "32 layers do not divide into 5 stages"),
@@ -144,6 +158,34 @@ def test_layers_of_a_stage() -> None:
 def test_what_cannot_be_says_why(layout: Layout, why: str | None) -> None:
     said = refuse(job(), layout)
     assert said is None if why is None else said is not None and said.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sp", "why"),
+    [
+        ("num_attention_heads", 30, False, "30 attention heads do not divide by TP 4"),
+        ("num_key_value_heads", 2, False, "2 key-value heads do not divide by TP 4"),
+        ("intermediate_size", 14338, False, "14338 columns of the MLP do not divide by TP 4"),
+        ("vocab_size", 128257, False, "128257 entries of the vocabulary do not divide by TP 4"),
+        ("seq_len", 8190, True, "8190 tokens of a sequence do not divide by TP 4, as sequence parallelism needs"),
+        ("seq_len", 8190, False, None),
+    ],
+)
+def test_tp_must_divide_all_that_it_splits(field: str, value: int, sp: bool, why: str | None) -> None:
+    wanted = job()
+    if field == "seq_len":
+        wanted = replace(wanted, seq_len=value)
+    else:
+        wanted = replace(wanted, shape=replace(LLAMA_8B, head_dim=128, **{field: value}))
+    assert refuse(wanted, Layout(dp=2, tp=4, sp=sp)) == why
+    assert refuse(wanted, Layout(dp=8)) is None
+
+
+def test_with_context_parallelism_sp_divides_a_ranks_part() -> None:
+    wanted = job(seq_len=24)
+    assert refuse(wanted, Layout(tp=4, cp=2, sp=True)) is None  # 12 tokens a rank
+    said = refuse(wanted, Layout(tp=8, cp=2, sp=True))
+    assert said == "12 tokens of a sequence do not divide by TP 8, as sequence parallelism needs"
 
 
 # --- what must hold for any job ---------------------------------------------------------------------------------------
@@ -209,8 +251,27 @@ def test_the_winner_fits_and_is_as_fast_as_any() -> None:
     assert all(row.why for row in advice.rows)
     by_kind = {row.kind: row for row in advice.rows}
     assert "does not fit: needs 1,077 GiB of 79.1" in by_kind["DP"].why
-    assert "recomputation" in by_kind["ZeRO-3"].why
-    assert by_kind["ZeRO-3 + TP over nodes"].why == "8 key-value heads do not divide by TP 16"
+    assert "recomputation" in by_kind["ZeRO-3 (FSDP)"].why
+    assert by_kind["ZeRO-3 (FSDP) + TP over nodes"].why == "8 key-value heads do not divide by TP 16"
+
+
+@pytest.mark.parametrize(("model", "gpus", "batch"), [("llama-8b", 8, 16), ("llama-405b", 8192, 2048), ("nano", 4, 8)])
+def test_each_strategy_alone_is_answered(model: str, gpus: int, batch: int) -> None:
+    rows = {row.kind: row for row in rank(job(model, gpus, batch)).rows}
+    for kind in ("DP", "ZeRO-1", "ZeRO-2", "ZeRO-3 (FSDP)", "TP", "TP + SP", "CP", "PP"):
+        row = rows.get(kind) or rows[f"{kind} over nodes"]
+        assert row.kind in SIMPLE
+        assert row.why
+        if row.plan:
+            assert min(row.plan.memory_bytes, row.plan.step_s, sum(row.plan.wire.values())) > 0
+
+
+def test_tp_and_tp_with_sp_are_two_layouts() -> None:
+    rows = {row.kind: row.plan for row in rank(job()).rows}
+    assert (str(rows["TP"].layout), str(rows["TP + SP"].layout)) == ("TP 8", "TP 8 + SP")
+    assert rows["TP"].step_s > rows["TP + SP"].step_s
+    assert str(Layout(dp=4, zero=3, tp=2, sp=True, pp=2)) == "ZeRO-3 (FSDP) 4 × TP 2 + SP × PP 2"
+    assert str(Layout(cp=8, zero=3)) == "ZeRO-3 (FSDP) 1 × CP 8"
 
 
 def test_a_model_that_fits_is_trained_with_plain_data_parallelism() -> None:
@@ -259,6 +320,7 @@ def test_the_winner_has_the_published_structure(checks: list[check_adviser.Check
             assert layout.tp == 8, run["name"]
             assert layout.pp > 1, run["name"]
             assert layout.zero >= 1, run["name"]
+            assert layout.sp, run["name"]
             assert (layout.cp > 1) == (run["seq_len"] > 8192), run["name"]
         if run["model"] == "llama-8b":
             assert (layout.tp, layout.pp, layout.cp) == (1, 1, 1), run["name"]
@@ -284,6 +346,12 @@ def test_the_winner_has_the_published_structure(checks: list[check_adviser.Check
             r"nothing fits: .* needs \d+ GiB of 79.1 a GPU; take at least 16 GPUs",
         ),
         (["--gpus", "4096", "--global-batch", "1"], r"no layout of 4096 GPUs can be \(the batch of 1 sequences allows"),
+        (
+            ["--gpu", "cpu-measured", "--gpus", "4"],
+            "cpu-measured is 2 ranks on this machine, and says nothing of others",
+        ),
+        (["--gpu", "cpu-measured", "--gpus-per-node", "8"], "cpu-measured is 2 ranks on this machine"),
+        (["--gpu", "cpu-measured", "--detect", "tests/fixtures/topology/hgx_h100"], "cpu-measured is 2 ranks"),
         (["--detect", "tests/fixtures/topology/cpu_only"], "no GPU was detected; name the cluster"),
     ],
 )
@@ -322,19 +390,49 @@ def check_here(folder: str) -> dict:
     return check_adviser.main(["--device", "cpu", "--steps", "3", "--batch-size", "1", "--run-dir", folder])
 
 
-def test_measured_beside_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_steps_stand_beside_the_advisers_own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How near they are is the exercise's to say: here other tests may share the machine."""
     found = spawn.values(spawn.run_ranks(check_here, 2, str(tmp_path / "check"), timeout_s=120))[0]
     assert found["states_exact"]
     assert found["state_bytes"] == 16 * find_shape("nano").parameters
-    # this machine may be busy: the figures must be of the right size, not good
-    assert 0.3 < found["predicted_over_measured"] < 3
-    assert 0 < found["efficiency"] <= 1
+
+    cluster = Cluster.measured(found)
+    assert cluster.gather(2, 2).time_s(1e6) * 2 == pytest.approx(  # an all_reduce's time is the line that was fitted
+        found["allreduce_alpha_us"] / 1e6 + 1e6 / found["allreduce_bytes_per_s"]
+    )
+    for name, ranks, batch in (("one_rank", 1, 1), ("data_parallel", 2, 2), ("accumulated", 2, 4)):
+        here = Job(find_shape("nano"), cluster, 128, batch, FP32)
+        predicted = plan(here, Layout(dp=ranks)).step_s * 1e3
+        assert found[f"step_ms_{name}_predicted"] == pytest.approx(predicted), name
+    assert found["step_ms_one_rank_predicted"] == pytest.approx(found["step_ms_one_rank"])  # the efficiency's own step
+    ratio = found["step_ms_data_parallel_predicted"] / found["step_ms_data_parallel"]
+    assert found["predicted_over_measured_data_parallel"] == pytest.approx(ratio)
+
     done = process.Finished([], 0, "RESULT " + json.dumps(found), "", 0.0, False)
     monkeypatch.setattr(advise.process, "run", lambda *_, **__: done)
-    told = advise.main(
-        ["--model", "nano", "--gpu", "cpu-measured", "--gpus", "2", "--seq-len", "128", "--global-batch", "2",
-         "--run-dir", str(tmp_path / "cpu")]
-    )  # fmt: skip
-    assert told["gpus"] == 2
-    alone = found["step_ms_one_rank"] / 1e3
-    assert math.isclose(told["step_s"], alone, rel_tol=0.9)
+    flags = ["--model", "nano", "--gpu", "cpu-measured", "--seq-len", "128", "--global-batch", "2"]
+    told = advise.main([*flags, "--run-dir", str(tmp_path / "cpu")])
+    winner = Layout(**{name: told[name] for name in Layout.__dataclass_fields__})
+    assert winner.gpus == told["gpus"] == 2
+    assert told["step_s"] == pytest.approx(plan(Job(find_shape("nano"), cluster, 128, 2, FP32), winner).step_s)
+
+
+def test_the_prediction_is_what_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def planned(job: Job, layout: Layout) -> SimpleNamespace:
+        asked.append((job.cluster.gpus, layout.dp, job.batch))
+        return SimpleNamespace(step_s=0.042, memory={"weights": 4.0, "gradients": 4.0, "optimizer": 8.0})
+
+    monkeypatch.setattr(check_adviser, "plan", planned)
+    found = {
+        "world_size": 3, "matmul_flops_per_s": 1e11, "triad_bytes_per_s": 1e10, "rank_memory_bytes": 2**30,
+        "efficiency": 0.5, "allreduce_alpha_us": 100.0, "allreduce_bytes_per_s": 1e9, "step_ms_one_rank": 42.0,
+        "step_ms_data_parallel": 84.0, "step_ms_accumulated": 42.0,
+    }  # fmt: skip
+    told = check_adviser.predict(found, argparse.Namespace(preset="nano", seq_len=128, batch_size=4))
+    assert asked == [(1, 1, 4), (3, 3, 12), (3, 3, 24)]
+    assert told["step_ms_data_parallel_predicted"] == told["step_ms_one_rank_predicted"] == 42
+    assert told["predicted_over_measured_data_parallel"] == 0.5
+    assert told["predicted_over_measured_accumulated"] == 1
+    assert told["state_bytes_predicted"] == 16

@@ -7,7 +7,10 @@ plan(job, Layout(dp=8, zero=3)).memory       # {"weights": ..., "gradients": ...
 rank(job).winner                             # the fastest plan that fits
 """
 
-from .cost import FP32, GPUS, MIXED, Cluster, Job, Layout, Plan, Shape, find_shape, plan
+from .cluster import GPUS, Cluster
+from .cost import Plan, plan
+from .job import FP32, MIXED, Job, Layout
 from .search import Advice, rank
+from .shape import Shape, find_shape
 
 __all__ = ["FP32", "GPUS", "MIXED", "Advice", "Cluster", "Job", "Layout", "Plan", "Shape", "find_shape", "plan", "rank"]

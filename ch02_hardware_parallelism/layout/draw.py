@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .cost import GIB
-from .search import Advice
+from .cluster import GIB
+from .search import SIMPLE, Advice
 
 COLORS = {
     "weights": "#1f5c99", "gradients": "#b3541e", "optimizer": "#2e7d32", "activations": "#8da0cb", "logits": "#6a4c93",
@@ -14,16 +14,17 @@ COLORS = {
 
 
 def draw(advice: Advice, path: Path, title: str, most: int = 16) -> None:
-    """One stacked bar a strategy: the fastest that fit, then the leanest that do not. Bars end at 2.2 capacities."""
+    """One stacked bar a strategy, ranked: those of one kind of parallelism, and the best others. Bars end at 2.2
+    capacities."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     possible = [row for row in advice.rows if row.plan is not None]
-    fitting = [row for row in possible if row.plan and row.plan.fits]
-    shown = fitting[: max(most - 6, most - (len(possible) - len(fitting)))]
-    shown += [row for row in possible if row not in fitting][: most - len(shown)]
+    simple = [row for row in possible if row.kind in SIMPLE]
+    others = [row for row in possible if row.kind not in SIMPLE][: most - len(simple)]
+    shown = [row for row in possible if row in simple or row in others]
     capacity = advice.winner.job.cluster.gpu.memory / GIB
     limit = 2.2 * capacity
 

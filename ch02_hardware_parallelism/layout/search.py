@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from common.script import UserError
 
-from .cost import RECOMPUTE, Job, Layout, Plan, gib, plan, refuse
-from .cost import micro_batches as count_micro_batches
+from .cost import Plan, gib, plan
+from .job import RECOMPUTE, ZERO, Job, Layout, micro_batches, refuse
 
 # Predictions this close are equal: then the simpler strategy wins.
 EQUAL = 0.03
@@ -21,8 +22,10 @@ ROOMY = 0.9
 PARTS = {
     "compute": "stages of unequal work", "recompute": "recomputation", "tp": "tensor-parallel communication",
     "cp": "context-parallel communication", "pp": "sending between stages", "bubble": "pipeline bubble",
-    "dp": "data-parallel communication not hidden",
+    "dp": "data-parallel communication not hidden", "replicated": "norms made on every tensor-parallel rank",
 }  # fmt: skip
+# One kind of parallelism over all GPUs: these are always answered.
+SIMPLE = (*ZERO, "TP", "TP over nodes", "TP + SP", "TP + SP over nodes", "CP", "PP")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Advice:
 
 
 def kind_of(layout: Layout, gpus_per_node: int) -> str:
-    """The strategy's name: ZeRO-3 + TP + PP."""
-    parts = ["DP" if layout.zero == 0 else f"ZeRO-{layout.zero}"] if layout.dp * layout.cp > 1 else []
+    """The strategy's name: ZeRO-3 (FSDP) + TP + SP + PP. CP alone shards over its ranks as DP does."""
+    parts = [ZERO[layout.zero]] if layout.dp > 1 or layout.zero else []
     if layout.tp > 1:
-        parts.append("TP" if layout.tp <= gpus_per_node else "TP over nodes")
+        parts.append(("TP + SP" if layout.sp else "TP") + " over nodes" * (layout.tp > gpus_per_node))
     parts += [name for name, degree in (("CP", layout.cp), ("PP", layout.pp)) if degree > 1]
     return " + ".join(parts) or "one GPU"
 
@@ -57,7 +60,8 @@ def powers(limit: int) -> list[int]:
 
 
 def degrees(job: Job) -> Iterator[Layout]:
-    """Every split of the GPUs into dp x tp x pp x cp, with every ZeRO stage; tp goes to twice a node to show why not.
+    """Every split of the GPUs into dp x tp x pp x cp, with every ZeRO stage, TP without and with sequence parallelism;
+    tp goes to twice a node to show why not.
 
     tp, pp and cp are powers of two, dp is what is left. cp leaves each rank CP_TOKENS of a sequence.
     """
@@ -67,13 +71,26 @@ def degrees(job: Job) -> Iterator[Layout]:
             for cp in powers(max(1, job.seq_len // CP_TOKENS)):
                 if gpus % (tp * pp * cp) == 0:
                     dp = gpus // (tp * pp * cp)
-                    for zero in range(4) if dp * cp > 1 else (0,):
-                        yield Layout(dp, tp, pp, cp, zero)
+                    for zero, sp in product(range(4) if dp * cp > 1 else (0,), (False, True) if tp > 1 else (False,)):
+                        yield Layout(dp, tp, pp, cp, zero, sp)
 
 
-def variants(job: Job, layout: Layout, micro_batches: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Layout]:
+def alone(job: Job) -> list[Layout]:
+    """One kind over all GPUs, where `degrees` stops before."""
+    gpus = job.cluster.gpus
+    return [Layout(tp=gpus), Layout(tp=gpus, sp=True), Layout(pp=gpus), Layout(cp=gpus)] if gpus > 1 else []
+
+
+def refuse_here(job: Job, layout: Layout) -> str | None:
+    """`refuse`, and what could be but makes no sense."""
+    if layout.cp > 1 and job.seq_len // layout.cp < CP_TOKENS:
+        return f"CP {layout.cp} is for sequences of {layout.cp * CP_TOKENS:,} tokens and more, {CP_TOKENS:,} a rank"
+    return refuse(job, layout)
+
+
+def variants(job: Job, layout: Layout, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Layout]:
     """The layout with every micro-batch size, recomputation and number of pipeline chunks that it allows."""
-    for micro_batch in micro_batches:
+    for micro_batch in sizes:
         for chunks in (1, 2, 4, 8, 16) if layout.pp > 1 else (1,):
             made = replace(layout, micro_batch=micro_batch, chunks=chunks)
             if refuse(job, made) is None:
@@ -104,13 +121,14 @@ def rank(job: Job) -> Advice:
     """
     by_kind: dict[str, list[Plan]] = {}
     refused: dict[str, str] = {}
-    for layout in degrees(job):
+    for layout in dict.fromkeys([*degrees(job), *alone(job)]):
         kind = kind_of(layout, job.cluster.gpus_per_node)
-        made = [plan(job, variant) for variant in variants(job, layout)]
+        why = refuse_here(job, layout)
+        made = [] if why else [plan(job, variant) for variant in variants(job, layout)]
         if made:
             by_kind.setdefault(kind, []).extend(made)
         elif kind not in refused:
-            refused[kind] = refuse(job, layout) or "no micro-batch size divides the batch"
+            refused[kind] = why or "no micro-batch size divides the batch"
     everything = [p for plans in by_kind.values() for p in plans]
     winner = best(everything)
     if winner is None:
@@ -195,7 +213,7 @@ def _nothing_fits(job: Job, plans: list[Plan], refused: dict[str, str]) -> str:
 def explain(winner: Plan, rows: list[Row]) -> str:
     """The winner in plain words."""
     job, layout, seconds = winner.job, winner.layout, winner.seconds
-    m, precision = count_micro_batches(job, layout), job.precision
+    m, precision = micro_batches(job, layout), job.precision
     held = sum(winner.memory[name] for name in ("weights", "gradients", "optimizer"))
     whole = (precision.weights + precision.gradients + precision.optimizer) * job.shape.parameters
     lines = [
@@ -205,26 +223,26 @@ def explain(winner: Plan, rows: list[Row]) -> str:
     ]
     sharded = {0: "nothing", 1: "the optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
     if layout.dp * layout.cp > 1:
+        of_cp = f" ({layout.dp} × CP {layout.cp})" if layout.cp > 1 else ""
         lines.append(
-            f"Data parallelism over {layout.dp} ranks, sharding {sharded[layout.zero]}; {m} micro-batches of "
-            f"{layout.micro_batch} a step. Of its communication {seconds['dp'] / winner.step_s:.1%} of the step is not "
-            "hidden behind compute."
+            f"Data parallelism over {layout.dp * layout.cp} ranks{of_cp}, sharding {sharded[layout.zero]}; {m} "
+            f"micro-batches of {layout.micro_batch} a step. Of its communication {seconds['dp'] / winner.step_s:.1%} "
+            "of the step is not hidden behind compute."
         )
     if layout.tp > 1:
-        lines.append(
-            f"TP {layout.tp} {'stays inside a node' if layout.tp <= job.cluster.gpus_per_node else 'crosses nodes'}: "
-            f"each layer waits for it, {seconds['tp'] / winner.step_s:.0%} of the step."
-        )
+        where = "stays inside a node" if layout.tp <= job.cluster.gpus_per_node else "crosses nodes"
+        waits = f"{seconds['tp'] / winner.step_s:.0%} of the step"
+        lines.append(f"TP {layout.tp} {where}: each layer waits for it, {waits}.")
+    if layout.sp:
+        lines.append(f"SP shares the norms out too: {layout.tp} times less of them to make and to keep.")
     if layout.pp > 1:
         lines.append(
-            f"PP {layout.pp} sends only activations between nodes; {layout.chunks} chunks a GPU and {m} micro-batches "
-            f"leave a bubble of {winner.bubble:.0%}."
+            f"PP {layout.pp} sends only activations to the next stage; {layout.chunks} stages a GPU and {m} "
+            f"micro-batches leave a bubble of {winner.bubble:.0%}."
         )
     if layout.cp > 1:
         lines.append(f"CP {layout.cp} leaves {job.seq_len // layout.cp:,} of {job.seq_len:,} tokens on a GPU.")
-    simple = [
-        r for r in rows if r.plan is not None and not r.plan.fits and r.kind in ("DP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-    ]
+    simple = [row for row in rows if row.plan is not None and not row.plan.fits and row.kind in SIMPLE]
     if simple:
         lines.append("Simpler ones: " + "; ".join(f"{row.kind} {row.why}" for row in simple) + ".")
     return " ".join(lines)
