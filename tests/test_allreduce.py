@@ -20,7 +20,7 @@ from ch02_hardware_parallelism.journal import Journal, replay
 from ch02_hardware_parallelism.messages import Peers
 from ch02_hardware_parallelism.patterns_by_hand import PATTERNS
 from ch02_hardware_parallelism.predicted import messages, predicted_s
-from common import dist
+from common import dist, script
 from tests import inprocess
 from tests.spawn import run_ranks, values
 
@@ -111,8 +111,8 @@ def recordings(size: int, name: str) -> list[patterns.Recording]:
 def test_the_replay_ends_as_the_collective_promises(size: int, name: str) -> None:
     pattern, recorded = PATTERNS[name], recordings(size, name)
     story = patterns.told(pattern, recorded, CHUNK_KIB)
-    assert patterns.broken_promises(pattern, story) == []
-    assert patterns.wrong_values(pattern, recorded) == []
+    assert patterns.broken_promises(pattern, story.states[-1]) == []
+    assert patterns.broken_promises(pattern, [held for _, held in recorded]) == []
     assert sum(map(sum, story.traffic())) == sum(message.bytes for message in story.messages)
     assert all(0 < m.begin_s <= m.end_s for m in story.messages)
 
@@ -166,8 +166,34 @@ def test_a_broken_algorithm_is_caught_by_replay_and_by_values() -> None:
     ranks = values(run_ranks(record_broken, 3))
     for number, pattern in enumerate(BROKEN.values()):
         recorded = [rank[number] for rank in ranks]
-        assert patterns.broken_promises(pattern, patterns.told(pattern, recorded, CHUNK_KIB))
-        assert patterns.wrong_values(pattern, recorded)
+        assert patterns.broken_promises(pattern, patterns.told(pattern, recorded, CHUNK_KIB).states[-1])
+        assert patterns.broken_promises(pattern, [held for _, held in recorded])
+
+
+def test_mixtures_of_many_ranks_contributions_are_told_apart() -> None:
+    """Coded as 1000 cell + 2^rank, rank 10's cell 0 would look like the sum of rank 3's cell 1 and rank 4's cell 0."""
+    buffers = [patterns.own_contributions(rank, 12, 12, chunk_kib=2).view(12, -1) for rank in range(12)]
+    after = torch.zeros_like(buffers[0])
+    after[0], after[1], after[2] = buffers[10][0], buffers[3][1] + buffers[4][0], 2 * buffers[10][0]
+    one, two, double, *others = patterns.found_in(after, 12, 12)
+    assert (one, two, double) == ({(10, 0): 1}, {(3, 1): 1, (4, 0): 1}, {(10, 0): 2})
+    assert not any(others)
+    everything = patterns.found_in(torch.stack(buffers).sum(0), 12, 12)
+    assert everything == [patterns_by_hand.total(0, cell, 12) for cell in range(12)]
+
+
+def patterns_with_a_broken_ring(tmp: str) -> None:
+    PATTERNS["all_reduce-ring"] = BROKEN[forgets]
+    script.run(functools.partial(patterns.main, ["--no-gif", "--run-dir", tmp]))
+
+
+def test_a_broken_algorithm_still_has_its_result_and_its_pictures(tmp_path: Path) -> None:
+    zero, *others = run_ranks(patterns_with_a_broken_ring, 3, str(tmp_path))
+    assert (zero.returncode, [rank.returncode for rank in others]) == (1, [0, 0])
+    assert zero.stderr.splitlines()[-1].startswith("failed: all_reduce-ring went wrong: rank ")
+    result = json.loads(zero.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["messages"], result["replay_matches"], result["values_match"]) == (12, False, False)
+    assert (tmp_path / "panels.png").exists()
 
 
 @pytest.mark.parametrize("lost", ["begin", "end"])
@@ -239,9 +265,8 @@ def ask_among() -> object:
 
 
 def test_patterns_draws(tmp_path: Path) -> None:
-    script = "ch02_hardware_parallelism/patterns.py"
     flags = ["--collective", "all_reduce-ring", "--ranks", "3", "--order", "0,2,1", "--run-dir", tmp_path]
-    done = inprocess.run_script(script, flags)
+    done = inprocess.run_script("ch02_hardware_parallelism/patterns.py", flags)
     assert done.returncode == 0, done.stderr
     assert done.result is not None
     size = 3 * 64 * 1024
@@ -311,6 +336,7 @@ def test_topologies_over_a_virtual_cluster(tmp_path: Path) -> None:
         ("patterns.py --order 0,1,2,x", "'x' is not a whole number"),
         ("patterns.py --collective broadcast --order 0,1,2,3", "is no ring; drop --order"),
         ("patterns.py --ranks 0", "0 is below 1"),
+        ("patterns.py --ranks 12 --chunk-kib 1", "--chunk-kib 1 has no room to count what 12 ranks contribute"),
         ("bench_ring.py --sizes-mib 0", "0 is below 1"),
         ("bench_ring.py --ranks 1", "1 is below 2"),
         ("topologies.py --sizes-kib 4,", "'' is not a whole number"),
