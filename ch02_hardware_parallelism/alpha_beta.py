@@ -7,18 +7,29 @@ then counts its rounds, beta its bytes.
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from ch01_intro.collectives import slowest_us
+
+SIZES = tuple(2**n for n in (12, 16, 18, 20, 22))  # bytes: 4 KiB to 4 MiB
 
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """Seconds for n bytes: alpha_s + n * beta_s_per_byte."""
+    """Seconds for n bytes: alpha_s + n * beta_s_per_byte.
+
+    off_percent: how far a fitted line is off at most, in percent of what was measured.
+    """
 
     alpha_s: float
     beta_s_per_byte: float
+    off_percent: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -48,8 +59,25 @@ def fit(sizes: Sequence[float], seconds: Sequence[float]) -> AlphaBeta:
         one[only] = rows[:, only].sum() / (rows[:, only] ** 2).sum()
         candidates.append(one)
     allowed = [c for c in candidates if (c >= 0).all()]
-    alpha, beta = min(allowed, key=lambda c: float(((rows @ c - 1) ** 2).sum()))
-    return AlphaBeta(float(alpha), float(beta))
+    best = min(allowed, key=lambda c: float(((rows @ c - 1) ** 2).sum()))
+    return AlphaBeta(float(best[0]), float(best[1]), 100 * float(np.abs(rows @ best - 1).max()))
+
+
+def fit_all_reduce(device: torch.device, sizes: Sequence[int] = SIZES, *, budget_s: float = 0.5) -> AlphaBeta:
+    """alpha and beta of an all_reduce over all ranks of this job, by the slowest rank's median time. On every rank.
+
+    Args:
+        device: where the messages are, and so whether NCCL or gloo carries them.
+        sizes: bytes of the float32 messages, multiples of 4, at least two different ones.
+        budget_s: about how many seconds to spend on each size, on 3 to 50 repeats.
+    """
+    seconds = []
+    for size in sizes:
+        once = functools.partial(torch.distributed.all_reduce, torch.zeros(size // 4, device=device))
+        first = min(slowest_us(once, device, 2))  # the same on all ranks, and so are the repeats
+        repeats = max(3, min(50, int(budget_s * 1e6 / first)))
+        seconds.append(statistics.median(slowest_us(once, device, repeats)) / 1e6)
+    return fit(sizes, seconds)
 
 
 def bus_factor(collective: str, ranks: int) -> float:
