@@ -93,17 +93,14 @@ def broken_promises(pattern: Pattern, after: Sequence[Sequence[Held]]) -> list[s
     ]
 
 
-def numbers(text: str) -> list[int]:
-    return [script.at_least(0)(part) for part in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument(
         "--collective", choices=PATTERNS, default="all_reduce-ring", metavar="NAME", help=", ".join(PATTERNS)
     )
     parser.add_argument("--ranks", type=script.at_least(1), default=4, help="to start, where no launcher has")
-    parser.add_argument("--order", type=numbers, help="of the ranks around the ring, as in 0,2,1,3")
+    order = script.comma_list(script.at_least(0))
+    parser.add_argument("--order", type=order, help="of the ranks around the ring, as in 0,2,1,3")
     parser.add_argument("--chunk-kib", type=script.at_least(1), default=64, help="bytes of each cell in the pictures")
     parser.add_argument("--no-gif", action="store_true", help="draw no animation, which takes some seconds")
     args = parser.parse_args(argv)

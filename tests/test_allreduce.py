@@ -14,7 +14,15 @@ import pytest
 import torch
 import torch.distributed as td
 
-from ch02_hardware_parallelism import allreduce, alpha_beta, patterns, patterns_by_hand, topologies, virtual_cluster
+from ch02_hardware_parallelism import (
+    allreduce,
+    alpha_beta,
+    bench_ring,
+    patterns,
+    patterns_by_hand,
+    topologies,
+    virtual_cluster,
+)
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta
 from ch02_hardware_parallelism.journal import Journal, replay
 from ch02_hardware_parallelism.messages import Peers
@@ -296,6 +304,48 @@ def test_bench_ring_runs(tmp_path: Path) -> None:
     assert 0 < low <= done.result["ring_over_gloo_1mib"] <= high
 
 
+def wrong_ring(tmp: str, module: str, *flags: str) -> None:
+    """One number of one rank is off."""
+
+    def broken(x: torch.Tensor, peers: Peers, order: object = None) -> None:
+        allreduce.tree(x, peers)
+        x[-1] += peers.rank
+
+    allreduce.ring = allreduce.ALGORITHMS["ring"] = broken
+    main = {"bench_ring": bench_ring.main, "topologies": topologies.main}[module]
+    script.run(functools.partial(main, [*flags, "--repeats", "3", "--run-dir", tmp]))
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "wrong", "says"),
+    [
+        ("bench_ring", ["--sizes-mib", "1"], 5, "5 all-reduces gave wrong sums"),
+        ("topologies", ["--sizes-kib", "1,4"], 8, "wrong sums by ring:"),
+    ],
+)
+def test_wrong_sums_have_a_result_and_exit_code_1(
+    module: str, flags: list[str], wrong: int, says: str, tmp_path: Path
+) -> None:
+    zero, one = run_ranks(wrong_ring, 2, str(tmp_path), module, *flags)
+    assert (zero.returncode, one.returncode) == (1, 1)
+    assert zero.stderr.splitlines()[-1].startswith(f"failed: {says}")
+    assert json.loads(zero.stdout.splitlines()[-1].removeprefix("RESULT "))["wrong"] == wrong
+
+
+@pytest.mark.parametrize(("s_per_byte", "large"), [(1e-7, 2**19), (1e-9, 2**21), (2e-12, 2**29), (0, 2**29)])
+def test_the_probe_grows_with_the_link(monkeypatch: pytest.MonkeyPatch, s_per_byte: float, large: int) -> None:
+    asked = []
+
+    def one_way_s(peers: object, other: int, size: int, *_: object) -> float:
+        asked.append(size)
+        return 1e-5 + size * s_per_byte
+
+    monkeypatch.setattr(topologies, "one_way_s", one_way_s)
+    link = topologies.ping_pong(None, 1, 3, torch.device("cpu"))  # type: ignore[arg-type]
+    assert asked[-3:] == [8, large // 4, large]
+    assert link.beta_s_per_byte == pytest.approx(s_per_byte, rel=1e-3, abs=1e-15)
+
+
 def compare_here(sizes_kib: list[int]) -> dict:
     return topologies.compare(argparse.Namespace(device="cpu", sizes_kib=sizes_kib, repeats=1))
 
@@ -340,6 +390,10 @@ def test_topologies_over_a_virtual_cluster(tmp_path: Path) -> None:
         ("bench_ring.py --sizes-mib 0", "0 is below 1"),
         ("bench_ring.py --ranks 1", "1 is below 2"),
         ("topologies.py --sizes-kib 4,", "'' is not a whole number"),
+        ("topologies.py --sizes-kib 4,999999999999", "take a smaller --sizes-kib"),
+        ("topologies.py --rate fast", "'fast' is not like 100mbit"),
+        ("topologies.py --uplink-rate 0", "a rate of 0 cannot be shaped"),
+        ("bench_ring.py --sizes-mib 16,999999999", "take a smaller --sizes-mib"),
     ],
 )
 def test_bad_input_is_one_line(line: str, said: str, tmp_path: Path) -> None:
