@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     sizes = script.comma_list(script.at_least(1))
     parser.add_argument("--sizes-mib", type=sizes, default=[16, 64], help="buffer sizes, comma separated")
-    parser.add_argument("--repeats", type=script.at_least(3), default=15)
+    parser.add_argument("--repeats", type=script.at_least(3), default=31, help="a few are disturbed on any machine")
     parser.add_argument("--ranks", type=script.at_least(2), default=2, help="to start, where no launcher has")
     parser.add_argument("--piece-kib", type=script.at_least(1), default=allreduce.PIECE // 1024)
     parser.add_argument("--ahead", type=script.at_least(1), default=allreduce.AHEAD, help="pieces under way at once")
