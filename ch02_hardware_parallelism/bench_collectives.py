@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import functools
 import json
+import os
 import re
 import statistics
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ from ch02_hardware_parallelism.alpha_beta import AlphaBeta, bus_factor, fit
 from ch02_hardware_parallelism.checked_collectives import (
     COLLECTIVES,
     buffers,
+    check_memory,
     count_wrong,
     expected,
     modulus,
     pattern,
     put,
 )
-from common import dist, profiling, script
+from common import dist, script
 from common.logs import Progress
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -109,11 +111,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def parse_collectives(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in COLLECTIVES]:
-        raise argparse.ArgumentTypeError(f"no collective {unknown[0]!r}; there are {', '.join(COLLECTIVES)}")
-    return names
+def collective(text: str) -> str:
+    """argparse type."""
+    if text not in COLLECTIVES:
+        raise argparse.ArgumentTypeError(f"no collective {text!r}; there are {', '.join(COLLECTIVES)}")
+    return text
 
 
 def sweep(smallest: int, largest: int, factor: int, step: int) -> list[int]:
@@ -125,24 +127,19 @@ def sweep(smallest: int, largest: int, factor: int, step: int) -> list[int]:
     return sorted(set(sizes))
 
 
-def check(args: argparse.Namespace, ctx: dist.Context) -> None:
+def check(args: argparse.Namespace, launch: dist.Launch) -> None:
     """Raises UserError for what cannot be measured: one rank, no sizes, sizes that do not fit, sums that round."""
-    if ctx.world_size < 2:
+    if launch.world_size < 2:
         raise script.UserError("one rank has nobody to talk to; start it with torchrun --nproc-per-node=2, or more")
     if args.min_bytes > args.max_bytes:
         raise script.UserError(
             f"--min-bytes {args.min_bytes} is above --max-bytes {args.max_bytes}; give --min-bytes the smaller one"
         )
-    if modulus("all_reduce", DTYPES[args.dtype], ctx.world_size) < 2:
-        raise script.UserError(f"sums of {ctx.world_size} ranks are not exact in {args.dtype}; take --dtype float32")
-    sharing = ctx.launch.local_world_size if ctx.device.type == "cpu" else 1
-    free = profiling.available_memory(ctx.device) // sharing
-    least = min(map(int, ctx.exchange("free memory", str(free))))
-    if 3 * args.max_bytes > least:  # sent, received, and what the backend copies
-        raise script.UserError(
-            f"--max-bytes {args.max_bytes / 2**30:.3g} GiB needs three buffers of that size a rank, and a rank has "
-            f"{least / 2**30:.3g} GiB free; take a smaller --max-bytes"
-        )
+    if modulus("all_reduce", DTYPES[args.dtype], launch.world_size) < 2:
+        raise script.UserError(f"sums of {launch.world_size} ranks are not exact in {args.dtype}; take --dtype float32")
+    if args.json and launch.rank == 0 and (args.json.is_dir() or not os.access(args.json.resolve().parent, os.W_OK)):
+        raise script.UserError(f"cannot write {args.json}; pass another --json, in a folder that is there")
+    check_memory("--max-bytes", 3 * args.max_bytes, args.device, launch)  # sent, received, and the backend's copies
 
 
 def show(rows: list[Row], line: AlphaBeta | None, head: str) -> None:
@@ -196,19 +193,21 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="largest (1GiB; on a CPU 64MiB)")
     parser.add_argument("--factor", type=script.at_least(2), default=4, help="from one size to the next")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--collectives", type=parse_collectives, default=list(COLLECTIVES), metavar="A,B")
+    parser.add_argument("--collectives", type=script.comma_list(collective), default=list(COLLECTIVES), metavar="A,B")
     parser.add_argument("--budget-s", type=script.positive, default=0.2, help="time for each size, 5 to 200 repeats")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args(argv)
+    launch = dist.read_launch()
+    on_gpu = dist.pick_device(args.device, launch).type == "cuda"
+    args.max_bytes = args.max_bytes or (2**30 if on_gpu else 2**26)
+    check(args, launch)
     run = script.start(__file__, args)
     rows: list[Row] = []
     lines: dict[str, AlphaBeta | None] = {}
     with dist.session(args.device) as ctx:
-        args.max_bytes = args.max_bytes or (2**30 if ctx.device.type == "cuda" else 2**26)
-        check(args, ctx)
         dtype = DTYPES[args.dtype]
         sizes = sweep(args.min_bytes, args.max_bytes, args.factor, dtype.itemsize * ctx.world_size)
-        backend = "nccl" if ctx.device.type == "cuda" else "gloo"
+        backend = "nccl" if on_gpu else "gloo"
         head = f"{ctx.world_size} ranks, {backend}, {args.dtype}"
         with Progress(len(args.collectives) * len(sizes), "measuring") as progress:
             for name in args.collectives:
@@ -224,14 +223,16 @@ def main(argv: list[str] | None = None) -> dict:
             print(*GLOO_NOTES if backend == "gloo" else (), sep="\n")
             save(rows, run, args.json)
             plot(rows, lines, ctx.world_size, run.path("collectives.png"), head)
-        wrong = sum(row.wrong for row in rows)
-        if wrong:
-            bad = sorted({row.collective for row in rows if row.wrong})
-            raise RuntimeError(f"{wrong} numbers are wrong after {', '.join(bad)}: do not train on this network")
-        return {
-            "world_size": ctx.world_size, "backend": backend, "verified": len(rows), "wrong": wrong,
-            **{key: value for name in lines for key, value in figures(name, rows, lines[name]).items()},
-        }  # fmt: skip
+    wrong = sum(row.wrong for row in rows)
+    result = {
+        "world_size": launch.world_size, "backend": backend, "verified": len(rows), "wrong": wrong,
+        **{key: value for name in lines for key, value in figures(name, rows, lines[name]).items()},
+    }  # fmt: skip
+    if wrong:
+        bad = sorted({row.collective for row in rows if row.wrong})
+        message = f"{wrong} numbers are wrong after {', '.join(bad)}: do not train on this network"
+        raise script.CheckFailed(message, result)
+    return result
 
 
 def save(rows: list[Row], run: script.Run, also: Path | None) -> None:

@@ -1,15 +1,20 @@
-"""Each collective on buffers that are there already, and what must come out of it, at any size in little memory."""
+"""Each collective on buffers that are there already, and what must come out of it, at any size in little memory.
+
+And what every benchmark of this chapter needs: one all-reduce timed and checked, and whether the buffers will fit.
+"""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as td
 
 from ch01_intro.collectives import all_gather_single, pass_right, reduce_scatter_single
-from common import dist
+from ch01_intro.roofline import synchronize
+from common import dist, profiling, script
 
 PLACES = 101  # the data repeat after so many numbers: a prime, so that no two shares of a power of two look alike
 SLAB = PLACES * 2**14  # numbers that are filled or compared at once
@@ -116,3 +121,33 @@ def put(buffer: torch.Tensor, numbers: torch.Tensor) -> None:
 def count_wrong(buffer: torch.Tensor, parts: list[torch.Tensor]) -> int:
     chunks = buffer.chunk(len(parts)) if parts else ()
     return sum(int((a != b).sum()) for c, part in zip(chunks, parts, strict=True) for a, b in slabs(c, part))
+
+
+def sum_once(all_reduce: Callable[[torch.Tensor], object], x: torch.Tensor) -> tuple[float, bool]:
+    """Sum 1, 2, ... N of the N ranks in x [n]. Seconds of the slowest rank, and whether all sums are right on all."""
+    x.fill_(td.get_rank() + 1)
+    synchronize(x.device)
+    td.barrier()
+    begin = time.perf_counter()
+    all_reduce(x)
+    synchronize(x.device)
+    seconds = time.perf_counter() - begin
+    wrong = (x != sum(range(td.get_world_size() + 1))).any()
+    worst = torch.tensor([seconds, float(wrong)], dtype=torch.float64)
+    td.all_reduce(worst, op=td.ReduceOp.MAX)
+    return worst[0].item(), worst[1].item() == 0
+
+
+def check_memory(flag: str, rank_bytes: int, device: str, launch: dist.Launch, ranks: int | None = None) -> None:
+    """Raises UserError if what `flag` asks for, `rank_bytes` a rank, is more than is free here.
+
+    ranks: those that share the host's memory, where no launcher has started them yet.
+    """
+    place = dist.pick_device(device, launch)
+    sharing = (ranks or launch.local_world_size) if place.type == "cpu" else 1
+    free = profiling.available_memory(place) // sharing
+    if rank_bytes > free:
+        raise script.UserError(
+            f"{flag} needs {rank_bytes / 2**30:,.1f} GiB a rank, and {free / 2**30:,.1f} GiB are free; take a smaller "
+            f"{flag}"
+        )

@@ -21,7 +21,7 @@ from ch02_hardware_parallelism import data_parallel, sequence_parallel, tensor_p
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel
 from ch02_hardware_parallelism.model import Shape, build
-from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, refuse_one_rank
+from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, check_ranks
 from ch02_hardware_parallelism.sequence_parallel import SequenceParallel
 from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
     add_rates(parser)
     args = parser.parse_args(argv)
     shape_of(args)
+    check_ranks(args.rates)
     run = script.start(__file__, args)
     if args.rates:
         found = at_rates(__file__, as_flags(args, *SHARED_FLAGS), args.rates, run)
@@ -138,7 +139,6 @@ def main(argv: list[str] | None = None) -> dict:
             result |= {f"{key}_{rate}": row[key] for key in row if key.endswith(("step_ms", "card_over_formula"))}
         return result
     with dist.session(args.device) as ctx:
-        refuse_one_rank(ctx)
         result = measure(args, ctx)
         if ctx.is_main:
             show(result)

@@ -111,15 +111,17 @@ def node_rates(
     return tuple(rates[1:])
 
 
-def process_rows(repeats: int, size: int = MESSAGE_BYTES) -> list[Row]:
+def process_rows(repeats: int, wrong: list[str], size: int = MESSAGE_BYTES) -> list[Row]:
     """What one process hands to another: a copy in and a copy out, or a stream through the kernel."""
     kinds = {"shared memory": "copy in, copy out", "loopback TCP": "one stream"}
-    rates = process_links.measure(size, repeats)
+    rates = process_links.measure(size, repeats, wrong)
     return [Row(f"process -> process, {name}", kinds[name], tuple(values)) for name, values in rates.items()]
 
 
-def measure(machine: Machine, repeats: int, size: int | None = None) -> list[Row]:
+def measure(machine: Machine, repeats: int, wrong: list[str], size: int | None = None) -> list[Row]:
     """All rows of the host. `size`: bytes of each array in its memory, None for array_bytes().
+
+    The links over which something else arrived than what was sent are added to `wrong`.
 
     Raises:
         UserError: there is too little memory for the arrays.
@@ -130,4 +132,4 @@ def measure(machine: Machine, repeats: int, size: int | None = None) -> list[Row
             f"three arrays of {size / 2**20:.0f} MiB do not go into {free / 2**20:.0f} MiB of free memory; pass a "
             "smaller --host-mib, or free some"
         )
-    return [*memory_rows(size, repeats), *numa_rows(machine, repeats), *process_rows(repeats)]
+    return [*memory_rows(size, repeats), *numa_rows(machine, repeats), *process_rows(repeats, wrong)]

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ch01_intro import roofline
 from ch02_hardware_parallelism.messages import Messages, Work
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 SUMS = (aten.add, aten.add_, aten.maximum)
 
 Held = Counter[tuple[int, int]]  # contributions (rank, cell), and how many times each is in
@@ -74,9 +76,11 @@ class Journal:
 
     watched: torch.Tensor | Region
     events: list[Event] = field(default_factory=list)
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         if isinstance(self.watched, torch.Tensor):
+            self.device = self.watched.device
             self.watched = Region.of(self.watched)
 
     def begin(self, sends: Messages, receives: Messages) -> Entry:
@@ -111,6 +115,7 @@ class Entry:
     def wait(self) -> None:
         for work in self.works:
             work.wait()
+        roofline.synchronize(self.journal.device)  # NCCL's wait() returns before the data have moved
         self.batch.end_s = time.time()
         self.journal.events.append(Event("end", self.batch))
 

@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     devices = visible_gpus(args.device)
     machine: Machine = detect()
-    rows = host_links.measure(machine, args.repeats, args.host_mib and args.host_mib * 2**20)
     meter = cuda_links.Meter(args.repeats)
+    rows = host_links.measure(machine, args.repeats, meter.wrong, args.host_mib and args.host_mib * 2**20)
     curve: list[dict] = []
     if devices:
         size = args.gpu_mib * 2**20
@@ -114,11 +114,14 @@ def main(argv: list[str] | None = None) -> dict:
         with script.atomic_write(run.path("links.json")) as file:
             json.dump({"links": [row.as_json() for row in rows], "sweep": curve}, file, indent=1)
         plot(rows, run.path("links.png"))
-    if meter.wrong:
-        raise RuntimeError(f"{', '.join(meter.wrong)}: what arrived is not what was sent; look at the IOMMU and ACS")
     measured = sum(bool(row.rates) for row in rows)
     counts = {"gpus": len(devices), "numa_nodes": len(machine.numa_nodes)}
-    return {**counts, "measured": measured, "skipped": len(rows) - measured, **summary(rows)}
+    result = {**counts, "measured": measured, "skipped": len(rows) - measured, "wrong": len(meter.wrong)}
+    result |= summary(rows)
+    if meter.wrong:
+        message = f"{', '.join(meter.wrong)}: what arrived is not what was sent; between GPUs look at the IOMMU and ACS"
+        raise script.CheckFailed(message, result)
+    return result
 
 
 if __name__ == "__main__":

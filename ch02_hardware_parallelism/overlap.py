@@ -9,7 +9,7 @@ You see     naive hides nothing. Buckets hide what fits beside backward: most on
             where the step is as long as its messages. Ours against DDP's, step by step in one run.
 
 Every way has its own two parts: compute is its step when the messages are not sent, communication its messages without
-the step. exposed = step - compute; hidden = 1 - exposed / communication. It is below 0 where sending slows computing
+the step. exposed = step - compute (median over rounds); hidden = 1 - exposed / communication. It is below 0 where sending slows computing
 down, as when gloo's threads need the cores of a busy machine.
 """
 
@@ -28,7 +28,7 @@ from ch02_hardware_parallelism.comm import Comm, Done, Handle
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel, DataParallel
 from ch02_hardware_parallelism.library_data import LibraryDDP
 from ch02_hardware_parallelism.model import build
-from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, refuse_one_rank
+from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, check_ranks
 from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.training import (
     SHARED_FLAGS,
@@ -130,11 +130,12 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
     result |= {name: statistics.median(times) for name, times in timed.items()}
     tokens = args.batch_size * args.accumulation * args.seq_len
     for name in KINDS:
-        step, compute, communication = (result[f"{name}_{part}ms"] for part in ("", "compute_", "communication_"))
+        of_a_round = zip(timed[f"{name}_ms"], timed[f"{name}_compute_ms"], strict=True)  # they met the same machine
+        exposed = statistics.median(step - compute for step, compute in of_a_round)
         result |= {
-            f"{name}_exposed_ms": step - compute,
-            f"{name}_hidden": 1 - (step - compute) / communication,
-            f"{name}_tokens_per_s": tokens / step * 1e3,
+            f"{name}_exposed_ms": exposed,
+            f"{name}_hidden": 1 - exposed / result[f"{name}_communication_ms"],
+            f"{name}_tokens_per_s": tokens / result[f"{name}_ms"] * 1e3,
         }
     ratios = [d / b for d, b in zip(timed["ddp_ms"], timed["buckets_ms"], strict=True)]
     result["buckets_over_ddp"] = statistics.median(ratios)  # of tokens/s, so of the inverse times
@@ -182,6 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
     add_rates(parser)
     args = parser.parse_args(argv)
     shape_of(args)
+    check_ranks(args.rates)
     run = script.start(__file__, args)
     if args.rates:
         found = at_rates(__file__, as_flags(args, *SHARED_FLAGS, "bucket_mib"), args.rates, run)
@@ -190,7 +192,6 @@ def main(argv: list[str] | None = None) -> dict:
         kept.append("buckets_over_ddp")
         return {"world_size": 2} | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}
     with dist.session(args.device) as ctx:
-        refuse_one_rank(ctx)
         result = measure(args, ctx)
         if ctx.is_main:
             show(result)

@@ -11,24 +11,25 @@ from common import dist, script
 
 
 def add_rates(parser: argparse.ArgumentParser) -> None:
-    """The flag --rates, refused where one of them is none: before anything has been made."""
-    parser.add_argument("--rates", type=rate_list, help="run on virtual links of these rates: 100mbit,1gbit,5gbit")
+    parser.add_argument("--rates", type=script.comma_list(rate), help="of virtual links: 100mbit,1gbit,5gbit")
 
 
-def rate_list(text: str) -> list[str]:
-    """argparse type: rates between commas, in tc's units."""
-    rates = text.split(",")
-    for rate in rates:
-        try:
-            virtual_cluster.parse_rate(rate)
-        except script.UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return rates
+def rate(text: str) -> str:
+    """argparse type: a rate in tc's units."""
+    virtual_cluster.parse_rate(text)
+    return text
 
 
-def refuse_one_rank(ctx: dist.Context) -> None:
-    """Raises UserError in a job of one rank: there is no communication to measure."""
-    if ctx.world_size < 2:
+def check_ranks(rates: Sequence[str] | None, hosts: int = 2) -> None:
+    """Before anything is made: with --rates there must be a virtual cluster, without it a job of several ranks.
+
+    Raises:
+        UserError: there is not.
+    """
+    if rates:
+        virtual_cluster.plan(hosts=hosts)
+        virtual_cluster.check_here("; or leave out --rates, under torchrun")
+    elif dist.read_launch().world_size < 2:
         raise script.UserError("one rank sends nothing; start it with torchrun, or pass --rates 100mbit,1gbit")
 
 
@@ -43,14 +44,8 @@ def at_rates(
     """The RESULT of the script `file` with `flags` by rate, on `hosts` virtual hosts of one rank. Its output is shown.
 
     Raises:
-        UserError: no virtual cluster can be made here, a rate is none, this is a rank of a job, or a run failed.
+        UserError: a run failed.
     """
-    if dist.read_launch().launcher != "python":
-        raise script.UserError("--rates starts its own ranks; start it with plain python")
-    if reason := virtual_cluster.why_not():
-        raise script.UserError(f"--rates needs a virtual cluster: {reason}; or leave it out, under torchrun")
-    for rate in rates:
-        virtual_cluster.parse_rate(rate)
     found = {}
     for rate in rates:
         print(f"--- links of {rate}", flush=True)

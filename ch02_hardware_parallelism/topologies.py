@@ -16,17 +16,22 @@ import argparse
 import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 import torch.distributed as td
 
+from ch01_intro.roofline import synchronize
 from ch02_hardware_parallelism import allreduce, alpha_beta, virtual_cluster
+from ch02_hardware_parallelism.checked_collectives import check_memory, sum_once
 from ch02_hardware_parallelism.messages import Peers
 from ch02_hardware_parallelism.predicted import AllReduce, predicted_s
 from common import dist, script
 
-PROBES = (8, 2**17, 2**19)  # bytes. None of some KiB: a shaped link lets those through at once (its token bucket)
+# Bytes of the large ping-pong: as many as take PROBE_S on this link, be it NVLink. None of some KiB: a shaped link lets
+# those through at once (its token bucket).
+LEAST_PROBE, LARGEST_PROBE, PROBE_S = 2**19, 2**29, 2e-3
 HOSTS = 4
 
 
@@ -40,52 +45,38 @@ def racks_of_ranks(ctx: dist.Context) -> list[int] | None:
     return racks if 1 < len(set(racks)) < ctx.world_size else None
 
 
-def ping_pong(peers: Peers, other: int, repeats: int, device: torch.device) -> alpha_beta.AlphaBeta:
-    """The path between rank 0 and `other`, from half the round trips of messages of several sizes. Known to all."""
-    seconds = []
-    for size in PROBES:
-        x, times = torch.zeros(size, dtype=torch.uint8, device=device), []
-        for _ in range(repeats + 1):
-            td.barrier()
-            begin = time.perf_counter()
-            if peers.rank == 0:
-                peers.exchange(sends=[(x, other)])
-                peers.exchange(receives=[(x, other)])
-            elif peers.rank == other:
-                peers.exchange(receives=[(x, 0)])
-                peers.exchange(sends=[(x, 0)])
-            settle(device)
-            times.append((time.perf_counter() - begin) / 2)
-        seconds.append(statistics.median(times[1:]))
-    shared: list = [seconds]
-    td.broadcast_object_list(shared, src=0)
-    return alpha_beta.fit(PROBES, shared[0])
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def median_s(run: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int) -> float:
-    """Of the slowest rank's time, the first run not counted. The sums are checked.
-
-    Raises:
-        RuntimeError: they are wrong.
-    """
-    times = []
+def one_way_s(peers: Peers, other: int, size: int, repeats: int, device: torch.device) -> float:
+    """Half the round trip of `size` bytes between rank 0 and `other`: the median, the first not counted. On all."""
+    x, times = torch.zeros(size, dtype=torch.uint8, device=device), []
     for _ in range(repeats + 1):
-        x.fill_(td.get_rank() + 1)
         td.barrier()
         begin = time.perf_counter()
-        run(x)
-        settle(x.device)
-        times.append(time.perf_counter() - begin)
-        if not (x == sum(range(td.get_world_size() + 1))).all():
-            raise RuntimeError("an all-reduce gave wrong sums")
-    slowest = torch.tensor(times[1:], dtype=torch.float64)
-    td.all_reduce(slowest, op=td.ReduceOp.MAX)
-    return statistics.median(slowest.tolist())
+        if peers.rank == 0:
+            peers.exchange(sends=[(x, other)])
+            peers.exchange(receives=[(x, other)])
+        elif peers.rank == other:
+            peers.exchange(receives=[(x, 0)])
+            peers.exchange(sends=[(x, 0)])
+        synchronize(device)
+        times.append((time.perf_counter() - begin) / 2)
+    shared = [statistics.median(times[1:])]
+    td.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def ping_pong(peers: Peers, other: int, repeats: int, device: torch.device) -> alpha_beta.AlphaBeta:
+    """The path between rank 0 and `other`, fitted to a few bytes and to as many as take some time on it."""
+    large = LEAST_PROBE
+    while large < LARGEST_PROBE and one_way_s(peers, other, large, 1, device) < PROBE_S:
+        large *= 4
+    sizes = (8, large // 4, large)
+    return alpha_beta.fit(sizes, [one_way_s(peers, other, size, repeats, device) for size in sizes])
+
+
+def median_s(run: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int) -> tuple[float, int]:
+    """Of the slowest rank's time, the first run not counted; and how many runs gave wrong sums."""
+    seconds, right = zip(*(sum_once(run, x) for _ in range(repeats + 1)), strict=True)
+    return statistics.median(seconds[1:]), right.count(False)
 
 
 def contestants(size: int, rack_of: list[int] | None) -> dict[str, AllReduce]:
@@ -102,10 +93,12 @@ def contestants(size: int, rack_of: list[int] | None) -> dict[str, AllReduce]:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """On every rank of a job: measure the links, then every algorithm at every size, beside what it should take."""
+    """On every rank of a job: measure the links, then every algorithm at every size, beside what it should take.
+
+    Raises:
+        CheckFailed: an algorithm gave wrong sums.
+    """
     with dist.session(args.device, threads=1) as ctx:
-        if ctx.world_size == 1:
-            raise script.UserError("one rank has nobody to talk to; start two or more, or plain python for a cluster")
         peers, rack_of = Peers(), racks_of_ranks(ctx)
         link = ping_pong(peers, 1, args.repeats, ctx.device)
         far = next((rank for rank in range(ctx.world_size) if rack_of and rack_of[rank] != rack_of[0]), None)
@@ -113,13 +106,18 @@ def compare(args: argparse.Namespace) -> dict:
         result: dict = {"world_size": ctx.world_size, "racks": len(set(rack_of or [0])), **described("link", link)}
         result |= described("uplink", uplink) if uplink else {}
         table: dict[str, list[tuple[float, float | None]]] = {}
+        wrong: Counter[str] = Counter()
         for kib in args.sizes_kib:
             x = torch.empty(kib * 256, device=ctx.device)
             for name, algorithm in contestants(ctx.world_size, rack_of).items():
-                measured = median_s(lambda x, run=algorithm: run(x, peers), x, args.repeats)
+                measured, bad = median_s(lambda x, run=algorithm: run(x, peers), x, args.repeats)
                 predicted = predicted_s(algorithm, kib * 1024, ctx.world_size, link, rack_of=rack_of, uplink=uplink)
                 table.setdefault(name, []).append((measured * 1e3, predicted * 1e3))
-            table.setdefault("library", []).append((median_s(td.all_reduce, x, args.repeats) * 1e3, None))
+                wrong[name] += bad
+            measured, bad = median_s(td.all_reduce, x, args.repeats)
+            table.setdefault("library", []).append((measured * 1e3, None))
+            wrong["library"] += bad
+        result["wrong"] = wrong.total()
         for number, kib in enumerate(args.sizes_kib):
             times = {name: row[number][0] for name, row in table.items()}
             result[f"winner_{kib}kib"] = min(times.keys() - {"library"}, key=times.__getitem__)
@@ -129,7 +127,9 @@ def compare(args: argparse.Namespace) -> dict:
                     result[f"{name}_{kib}kib_predicted_ms"] = row[number][1]
         if ctx.is_main:
             show(result, args.sizes_kib, list(table))
-        return result
+    if bad_ones := sorted(+wrong):
+        raise script.CheckFailed(f"wrong sums by {', '.join(bad_ones)}: do not trust their times either", result)
+    return result
 
 
 def described(name: str, path: alpha_beta.AlphaBeta) -> dict:
@@ -154,23 +154,22 @@ def show(result: dict, sizes_kib: list[int], names: list[str]) -> None:
 
 
 def over_topologies(args: argparse.Namespace, run: script.Run) -> dict:
-    """Start this script again in a virtual cluster of each topology, and put the answers together."""
-    if reason := virtual_cluster.why_not():
-        raise script.UserError(f"{reason}; or start this with torchrun on a network that there is")
-    uplink = {"racks": 2, "uplink_rate": args.uplink_rate}
+    """Start this script again in a virtual cluster of each topology, and put the answers together.
+
+    Raises:
+        CheckFailed: an algorithm gave wrong sums.
+    """
     found: dict[str, dict] = {}
     for name in args.topologies:
-        shape = uplink if name == "racks" else {}
-        print(
-            f"{name}: {HOSTS} hosts at {args.rate}" + (f", racks of 2 at {args.uplink_rate}" if shape else ""),
-            flush=True,
-        )
+        shape = shape_of(name, args)
+        racks = f", racks of 2 at {args.uplink_rate}" if name == "racks" else ""
+        print(f"{name}: {HOSTS} hosts at {args.rate}{racks}", flush=True)
         flags = ["--sizes-kib", ",".join(map(str, args.sizes_kib)), "--repeats", str(args.repeats), "--device", "cpu"]
         command = [__file__, *flags, "--run-dir", str(run.path(name).resolve())]
-        done = virtual_cluster.run(command, hosts=HOSTS, rate=args.rate, timeout_s=300, **shape)
+        done = virtual_cluster.run(command, timeout_s=300, **shape)
         if done.returncode == 2:
             raise script.UserError(done.reason().partition("error: ")[2] or done.reason())
-        if done.returncode or done.result is None:
+        if done.result is None or (done.returncode and not done.result["wrong"]):
             raise RuntimeError(f"{name}: {done.reason()}\n{done.stderr[-2000:]}")
         print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("RESULT")), flush=True)
         found[name] = done.result
@@ -179,7 +178,15 @@ def over_topologies(args: argparse.Namespace, run: script.Run) -> dict:
     if racks := found.get("racks"):
         large = f"{max(args.sizes_kib)}kib_ms"
         result["bad_order_over_good"] = racks[f"ring_bad_order_{large}"] / racks[f"ring_{large}"]
+    if wrong := [name for name, answer in found.items() if answer["wrong"]]:
+        raise script.CheckFailed(f"wrong sums over {' and '.join(wrong)}; see the lines above", result)
     return result
+
+
+def shape_of(topology: str, args: argparse.Namespace) -> dict:
+    """The virtual cluster of that name, in virtual_cluster.run's words."""
+    shape = {"hosts": HOSTS, "rate": args.rate}
+    return shape | {"racks": 2, "uplink_rate": args.uplink_rate} if topology == "racks" else shape
 
 
 def plot(found: dict[str, dict], sizes_kib: list[int], run: script.Run) -> None:
@@ -211,12 +218,9 @@ def plot(found: dict[str, dict], sizes_kib: list[int], run: script.Run) -> None:
     pyplot.close(figure)
 
 
-def sizes(text: str) -> list[int]:
-    return [script.at_least(1)(part) for part in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
+    sizes = script.comma_list(script.at_least(1))
     parser.add_argument("--sizes-kib", type=sizes, default=[4, 2048], help="buffer sizes, comma separated")
     parser.add_argument("--repeats", type=script.at_least(1), default=9)
     parser.add_argument("--topologies", nargs="+", choices=("flat", "racks"), default=["flat", "racks"])
@@ -226,10 +230,19 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.quick:
         args.sizes_kib, args.repeats = [4, 1024], 5
+    launch = dist.read_launch()
+    alone = launch.launcher == "python"
+    if alone:
+        for name in args.topologies:
+            virtual_cluster.plan(**shape_of(name, args))
+        virtual_cluster.check_here("; or start this with torchrun on a network that there is")
+    elif launch.world_size == 1:
+        raise script.UserError("one rank has nobody to talk to; start two or more, or plain python for a cluster")
+    world, device = (HOSTS, "cpu") if alone else (launch.world_size, args.device)
+    rank_bytes = (world + 1) * max(args.sizes_kib) * 1024  # naive: rank 0 holds everybody's
+    check_memory("--sizes-kib", rank_bytes, device, launch, HOSTS if alone else None)
     run = script.start(__file__, args)
-    if dist.read_launch().launcher == "python":
-        return over_topologies(args, run)
-    return compare(args)
+    return over_topologies(args, run) if alone else compare(args)
 
 
 if __name__ == "__main__":

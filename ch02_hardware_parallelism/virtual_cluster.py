@@ -16,7 +16,6 @@ namespace away with all that is in it. virtual_hosts.py is what runs inside.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -32,7 +31,7 @@ from pathlib import Path
 from ch02_hardware_parallelism.virtual_hosts import MESSAGE, MOUNTS, Cluster, address, described, nic_bytes
 from common import process, script
 
-__all__ = ["Cluster", "described", "main", "nic_bytes", "parse_rate", "run", "why_not"]
+__all__ = ["Cluster", "check_here", "described", "main", "nic_bytes", "parse_rate", "plan", "run", "why_not"]
 
 INSIDE = "from ch02_hardware_parallelism import virtual_hosts as hosts; hosts."
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL")
@@ -183,21 +182,31 @@ def check_command(launch: str, command: Sequence[str]) -> None:
         raise script.UserError(f"there is no script {command[0]}; check its path")
 
 
-def cluster_of(args: argparse.Namespace) -> Cluster:
-    """Raises UserError if the sizes do not fit each other."""
-    rate = parse_rate(args.rate)
-    if args.hosts > MAX_HOSTS:
-        raise script.UserError(f"{args.hosts} hosts are too many for one machine; take at most {MAX_HOSTS}")
-    if args.hosts % args.racks:
-        raise script.UserError(f"{args.hosts} hosts do not fill {args.racks} racks evenly; take a divisor of --hosts")
-    if args.racks == 1 and args.uplink_rate:
+def plan(
+    *, hosts: int = 2, ranks: int = 1, racks: int = 1, rate: str = "1gbit", uplink_rate: str | None = None
+) -> Cluster:
+    """The cluster that `run` makes of the same words.
+
+    Raises:
+        UserError: a rate is none, or the sizes do not fit each other.
+    """
+    link = parse_rate(rate)
+    if hosts > MAX_HOSTS:
+        raise script.UserError(f"{hosts} hosts are too many for one machine; take at most {MAX_HOSTS}")
+    if hosts % racks:
+        raise script.UserError(f"{hosts} hosts do not fill {racks} racks evenly; take a divisor of --hosts")
+    if racks == 1 and uplink_rate:
         raise script.UserError("an uplink joins racks and there is one rack; add --racks 2, or drop --uplink-rate")
-    if args.on is not None and (args.launch != "command" or args.on >= args.hosts):
-        raise script.UserError(f"--on {args.on} picks one of {args.hosts} hosts for --launch command; correct it")
-    enough = rate * args.hosts // args.racks if args.racks > 1 else None  # all of a rack at once: no bottleneck
-    return Cluster(
-        args.hosts, args.ranks, args.racks, rate, parse_rate(args.uplink_rate) if args.uplink_rate else enough
-    )
+    enough = link * hosts // racks if racks > 1 else None  # all of a rack at once: no bottleneck
+    return Cluster(hosts, ranks, racks, link, parse_rate(uplink_rate) if uplink_rate else enough)
+
+
+def check_here(otherwise: str = "") -> None:
+    """Raises UserError if no virtual cluster can be made by this process; `otherwise`: what else the user can do."""
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:  # as common.dist asks, without its torch
+        raise script.UserError("a virtual cluster starts its own ranks; start this with plain python")
+    if reason := why_not():
+        raise script.UserError(reason + otherwise)
 
 
 def draw(cluster: Cluster) -> str:
@@ -239,11 +248,8 @@ def check(cluster: Cluster, timeout_s: float) -> dict:
         speeds = "".join(f"{mbit(speed):>14}" for speed in (link, *out_back))
         times = f"{found['message_s'] * 1e3:8.2f} ms{MESSAGE / link * 1e3:10.2f} ms{found['rtt_s'] * 1e3:8.2f} ms"
         print(f"{'host0 - ' + peer:16}{speeds}{times}")
-        row = {
-            "link_mbit": link * 8 / 1e6,
-            "measured_mbit": min(out_back) * 8 / 1e6,
-            "rate_ratio": min(out_back) / link,
-        }
+        slower = min(out_back)
+        row = {"link_mbit": link * 8 / 1e6, "measured_mbit": slower * 8 / 1e6, "rate_ratio": slower / link}
         rows.append(row | {"message_64kib_ms": found["message_s"] * 1e3, "rtt_ms": found["rtt_s"] * 1e3})
     if min(row["rate_ratio"] for row in rows) < 0.9:
         print("The cores, not the link, set the pace here: take a lower --rate.")
@@ -272,15 +278,16 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--on", type=script.at_least(0), metavar="HOST", help="with --launch command: on one host only")
     parser.add_argument("--timeout-s", type=script.positive, default=600)
     args = parser.parse_args(words[:end])
-    cluster = cluster_of(args)
+    cluster = plan(hosts=args.hosts, ranks=args.ranks, racks=args.racks, rate=args.rate, uplink_rate=args.uplink_rate)
+    if args.on is not None and (args.launch != "command" or args.on >= args.hosts):
+        raise script.UserError(f"--on {args.on} picks one of {args.hosts} hosts for --launch command; correct it")
     if command:
         check_command(args.launch, command)
     elif end < len(words) or args.launch != "plain":
         raise script.UserError("no COMMAND; write it behind --, or drop --launch to check the links")
     elif cluster.hosts < 2:
         raise script.UserError("one host has no link to check; take --hosts 2, or give a COMMAND behind --")
-    if reason := why_not():
-        raise script.UserError(reason)
+    check_here()
     if command:
         raise SystemExit(bring_up(cluster, args.launch, command, on=args.on, timeout_s=args.timeout_s)[0])
     script.start(__file__, args)

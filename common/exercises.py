@@ -5,7 +5,8 @@
     python -m common.exercises smoke [ch01_intro [baseline]] [--gpu] [--json FILE] [--junit FILE]
 
 `smoke` runs each exercise's smoke command (its gpu command with --gpu), checks `expect` against its RESULT line, and
-ends with a table: passed, failed, or skipped with what it would need.
+ends with a table: passed, failed, or skipped with what it would need. `run` shows the command's output, and checks
+`run_expect`: what only the whole exercise can hold, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
-OPTIONAL = {"gpu", "gpu_expect", "timeout_s"}
+OPTIONAL = {"gpu", "gpu_expect", "run_expect", "timeout_s"}
+EXPECTATIONS = ("expect", "gpu_expect", "run_expect")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
@@ -55,6 +57,7 @@ class Exercise:
     expect: dict[str, str]
     gpu: str = ""
     gpu_expect: dict[str, str] = field(default_factory=dict)
+    run_expect: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 300
 
 
@@ -100,7 +103,7 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
     for name, value in entry.items():
         if name in ("covers", "needs"):
             kind, right = "list of strings", isinstance(value, list) and all(isinstance(v, str) for v in value)
-        elif name in ("expect", "gpu_expect"):
+        elif name in EXPECTATIONS:
             kind, right = "table", isinstance(value, dict)
         elif name == "timeout_s":
             kind, right = "positive number", isinstance(value, int | float) and value is not True and value > 0
@@ -119,7 +122,7 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
             missing_for(need)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    for name in ("expect", "gpu_expect"):
+    for name in EXPECTATIONS:
         for key, wanted in entry.get(name, {}).items():
             parse_expectation(f"{where}: {name}.{key}", wanted)
     return Exercise(chapter=chapter.name, **entry)
@@ -287,6 +290,30 @@ def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
     return Outcome(exercise.chapter, exercise.id, status, round(done.seconds, 1), note, command, done.result, output)
 
 
+def run(exercise: Exercise, *, gpu: bool = False) -> int:
+    """Run one exercise as the book prints it, its output shown as it comes, and hold its RESULT against `run_expect`.
+
+    Returns:
+        The command's exit code; 1 if it is 0 and the RESULT is not as expected.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    command = exercise.gpu if gpu else exercise.run
+    if not command:
+        raise UserError(f"{exercise.id} has no gpu command; run it without --gpu")
+    show = functools.partial(print, flush=True)
+    complain = functools.partial(print, file=sys.stderr, flush=True)
+    try:
+        done = process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain)
+    except OSError as error:
+        raise UserError(f"cannot start {command!r} ({error.strerror}); install what it calls") from None
+    problems = [] if gpu or done.returncode else unmet(exercise.run_expect, done.result or {})
+    for problem in problems:
+        complain(f"failed: {problem}")
+    return done.returncode or int(bool(problems))
+
+
 def select(chapter: str | None, exercise_id: str | None, root: Path = ROOT) -> list[Exercise]:
     """All exercises, one chapter's (`ch01` will do), or one."""
     folders = chapters(root)
@@ -360,15 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.action == "run":
             if not args.id:
                 raise UserError("run takes a chapter and an exercise id; see `list`")
-            command = exercises[0].gpu if args.gpu else exercises[0].run
-            if not command:
-                raise UserError(f"{args.id} has no gpu command; run it without --gpu")
-            show = functools.partial(print, flush=True)
-            complain = functools.partial(print, file=sys.stderr, flush=True)
-            try:
-                return process.run(command, timeout_s=24 * 3600, on_line=show, on_error=complain).returncode
-            except OSError as error:
-                raise UserError(f"cannot start {command!r} ({error.strerror}); install what it calls") from None
+            return run(exercises[0], gpu=args.gpu)
         outcomes = _smoke_all(exercises, args.gpu)
         try:
             if args.json:

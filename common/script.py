@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 from common import logs
 
 Result = dict[str, Any]
+T = TypeVar("T")
 leave_at_once = False  # set by dist.session, for _exit
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "deepspeed", "megatron-core", "ray")
 
@@ -81,6 +82,11 @@ def positive(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value
+
+
+def comma_list(convert: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """argparse type: one or more values of another type, comma separated."""
+    return lambda text: [convert(part.strip()) for part in text.split(",")]
 
 
 @contextlib.contextmanager

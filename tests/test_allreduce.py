@@ -14,13 +14,21 @@ import pytest
 import torch
 import torch.distributed as td
 
-from ch02_hardware_parallelism import allreduce, alpha_beta, patterns, patterns_by_hand, topologies, virtual_cluster
+from ch02_hardware_parallelism import (
+    allreduce,
+    alpha_beta,
+    bench_ring,
+    patterns,
+    patterns_by_hand,
+    topologies,
+    virtual_cluster,
+)
 from ch02_hardware_parallelism.alpha_beta import AlphaBeta
 from ch02_hardware_parallelism.journal import Journal, replay
 from ch02_hardware_parallelism.messages import Peers
 from ch02_hardware_parallelism.patterns_by_hand import PATTERNS
 from ch02_hardware_parallelism.predicted import messages, predicted_s
-from common import dist
+from common import dist, script
 from tests import inprocess
 from tests.spawn import run_ranks, values
 
@@ -111,8 +119,8 @@ def recordings(size: int, name: str) -> list[patterns.Recording]:
 def test_the_replay_ends_as_the_collective_promises(size: int, name: str) -> None:
     pattern, recorded = PATTERNS[name], recordings(size, name)
     story = patterns.told(pattern, recorded, CHUNK_KIB)
-    assert patterns.broken_promises(pattern, story) == []
-    assert patterns.wrong_values(pattern, recorded) == []
+    assert patterns.broken_promises(pattern, story.states[-1]) == []
+    assert patterns.broken_promises(pattern, [held for _, held in recorded]) == []
     assert sum(map(sum, story.traffic())) == sum(message.bytes for message in story.messages)
     assert all(0 < m.begin_s <= m.end_s for m in story.messages)
 
@@ -166,8 +174,34 @@ def test_a_broken_algorithm_is_caught_by_replay_and_by_values() -> None:
     ranks = values(run_ranks(record_broken, 3))
     for number, pattern in enumerate(BROKEN.values()):
         recorded = [rank[number] for rank in ranks]
-        assert patterns.broken_promises(pattern, patterns.told(pattern, recorded, CHUNK_KIB))
-        assert patterns.wrong_values(pattern, recorded)
+        assert patterns.broken_promises(pattern, patterns.told(pattern, recorded, CHUNK_KIB).states[-1])
+        assert patterns.broken_promises(pattern, [held for _, held in recorded])
+
+
+def test_mixtures_of_many_ranks_contributions_are_told_apart() -> None:
+    """Coded as 1000 cell + 2^rank, rank 10's cell 0 would look like the sum of rank 3's cell 1 and rank 4's cell 0."""
+    buffers = [patterns.own_contributions(rank, 12, 12, chunk_kib=2).view(12, -1) for rank in range(12)]
+    after = torch.zeros_like(buffers[0])
+    after[0], after[1], after[2] = buffers[10][0], buffers[3][1] + buffers[4][0], 2 * buffers[10][0]
+    one, two, double, *others = patterns.found_in(after, 12, 12)
+    assert (one, two, double) == ({(10, 0): 1}, {(3, 1): 1, (4, 0): 1}, {(10, 0): 2})
+    assert not any(others)
+    everything = patterns.found_in(torch.stack(buffers).sum(0), 12, 12)
+    assert everything == [patterns_by_hand.total(0, cell, 12) for cell in range(12)]
+
+
+def patterns_with_a_broken_ring(tmp: str) -> None:
+    PATTERNS["all_reduce-ring"] = BROKEN[forgets]
+    script.run(functools.partial(patterns.main, ["--no-gif", "--run-dir", tmp]))
+
+
+def test_a_broken_algorithm_still_has_its_result_and_its_pictures(tmp_path: Path) -> None:
+    zero, *others = run_ranks(patterns_with_a_broken_ring, 3, str(tmp_path))
+    assert (zero.returncode, [rank.returncode for rank in others]) == (1, [0, 0])
+    assert zero.stderr.splitlines()[-1].startswith("failed: all_reduce-ring went wrong: rank ")
+    result = json.loads(zero.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["messages"], result["replay_matches"], result["values_match"]) == (12, False, False)
+    assert (tmp_path / "panels.png").exists()
 
 
 @pytest.mark.parametrize("lost", ["begin", "end"])
@@ -239,9 +273,8 @@ def ask_among() -> object:
 
 
 def test_patterns_draws(tmp_path: Path) -> None:
-    script = "ch02_hardware_parallelism/patterns.py"
     flags = ["--collective", "all_reduce-ring", "--ranks", "3", "--order", "0,2,1", "--run-dir", tmp_path]
-    done = inprocess.run_script(script, flags)
+    done = inprocess.run_script("ch02_hardware_parallelism/patterns.py", flags)
     assert done.returncode == 0, done.stderr
     assert done.result is not None
     size = 3 * 64 * 1024
@@ -269,6 +302,48 @@ def test_bench_ring_runs(tmp_path: Path) -> None:
     assert done.result is not None
     low, high = done.result["ring_over_gloo_1mib_quartiles"]
     assert 0 < low <= done.result["ring_over_gloo_1mib"] <= high
+
+
+def wrong_ring(tmp: str, module: str, *flags: str) -> None:
+    """One number of one rank is off."""
+
+    def broken(x: torch.Tensor, peers: Peers, order: object = None) -> None:
+        allreduce.tree(x, peers)
+        x[-1] += peers.rank
+
+    allreduce.ring = allreduce.ALGORITHMS["ring"] = broken
+    main = {"bench_ring": bench_ring.main, "topologies": topologies.main}[module]
+    script.run(functools.partial(main, [*flags, "--repeats", "3", "--run-dir", tmp]))
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "wrong", "says"),
+    [
+        ("bench_ring", ["--sizes-mib", "1"], 5, "5 all-reduces gave wrong sums"),
+        ("topologies", ["--sizes-kib", "1,4"], 8, "wrong sums by ring:"),
+    ],
+)
+def test_wrong_sums_have_a_result_and_exit_code_1(
+    module: str, flags: list[str], wrong: int, says: str, tmp_path: Path
+) -> None:
+    zero, one = run_ranks(wrong_ring, 2, str(tmp_path), module, *flags)
+    assert (zero.returncode, one.returncode) == (1, 1)
+    assert zero.stderr.splitlines()[-1].startswith(f"failed: {says}")
+    assert json.loads(zero.stdout.splitlines()[-1].removeprefix("RESULT "))["wrong"] == wrong
+
+
+@pytest.mark.parametrize(("s_per_byte", "large"), [(1e-7, 2**19), (1e-9, 2**21), (2e-12, 2**29), (0, 2**29)])
+def test_the_probe_grows_with_the_link(monkeypatch: pytest.MonkeyPatch, s_per_byte: float, large: int) -> None:
+    asked = []
+
+    def one_way_s(peers: object, other: int, size: int, *_: object) -> float:
+        asked.append(size)
+        return 1e-5 + size * s_per_byte
+
+    monkeypatch.setattr(topologies, "one_way_s", one_way_s)
+    link = topologies.ping_pong(None, 1, 3, torch.device("cpu"))  # type: ignore[arg-type]
+    assert asked[-3:] == [8, large // 4, large]
+    assert link.beta_s_per_byte == pytest.approx(s_per_byte, rel=1e-3, abs=1e-15)
 
 
 def compare_here(sizes_kib: list[int]) -> dict:
@@ -311,9 +386,14 @@ def test_topologies_over_a_virtual_cluster(tmp_path: Path) -> None:
         ("patterns.py --order 0,1,2,x", "'x' is not a whole number"),
         ("patterns.py --collective broadcast --order 0,1,2,3", "is no ring; drop --order"),
         ("patterns.py --ranks 0", "0 is below 1"),
+        ("patterns.py --ranks 12 --chunk-kib 1", "--chunk-kib 1 has no room to count what 12 ranks contribute"),
         ("bench_ring.py --sizes-mib 0", "0 is below 1"),
         ("bench_ring.py --ranks 1", "1 is below 2"),
         ("topologies.py --sizes-kib 4,", "'' is not a whole number"),
+        ("topologies.py --sizes-kib 4,999999999999", "take a smaller --sizes-kib"),
+        ("topologies.py --rate fast", "'fast' is not like 100mbit"),
+        ("topologies.py --uplink-rate 0", "a rate of 0 cannot be shaped"),
+        ("bench_ring.py --sizes-mib 16,999999999", "take a smaller --sizes-mib"),
     ],
 )
 def test_bad_input_is_one_line(line: str, said: str, tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ def test_missing_field(chapter: Path, name: str) -> None:
         ({"expect": {"value": "> 1 < 3"}}, "expect.value"),
         ({"expect": {"value": "> 5, < 3"}}, "no value can meet"),
         ({"gpu_expect": {"value": "> x"}}, "gpu_expect.value"),
+        ({"run_expect": "> 1"}, "run_expect must be"),
+        ({"run_expect": {"value": "> 5, < 3"}}, "no value can meet"),
     ],
 )
 def test_wrong_field(chapter: Path, change: dict[str, Any], named: str) -> None:
@@ -361,6 +363,22 @@ def test_list_and_run(house: Path) -> None:
     failed = cli(house, "run", "ch01", "crash")
     assert failed.returncode == 1
     assert "error: no luck" in failed.stderr
+
+
+def test_run_alone_holds_the_result_against_run_expect(house: Path) -> None:
+    entries = [
+        exercise("ok.py", run_expect={"value": "> 1"}),
+        exercise("ok.py", id="met", run_expect={"value": "== 1"}),
+        exercise("silent.py", run_expect={"value": "== 1"}),
+        exercise("crash.py", run_expect={"value": "== 1"}),
+    ]
+    missed = cli(house, "run", "ch01", "ok", entries=entries)
+    assert (missed.returncode, missed.stderr) == (1, "failed: value is 1, expected > 1\n")
+    assert missed.stdout.endswith('RESULT {"value": 1}\n')
+    assert cli(house, "run", "ch01", "met").returncode == 0
+    assert "failed: RESULT has no value" in cli(house, "run", "ch01", "silent").stderr
+    assert "failed:" not in cli(house, "run", "ch01", "crash").stderr
+    assert cli(house, "smoke", "ch01", "ok").returncode == 0
 
 
 @pytest.mark.parametrize(

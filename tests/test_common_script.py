@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -163,6 +164,14 @@ def test_seed_everything_repeats() -> None:
         draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert draws[0] == draws[1]
     assert len(set(draws)) == 3
+
+
+def test_comma_lists() -> None:
+    numbers = script.comma_list(script.at_least(1))
+    assert (numbers("4"), numbers("4, 16,64")) == ([4], [4, 16, 64])
+    for text in ("", "4,", "4,0", "4;5"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            numbers(text)
 
 
 # ---------------------------------------------------------------- atomic files

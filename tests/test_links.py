@@ -55,6 +55,8 @@ def test_the_fit_finds_alpha_and_beta_again(alpha_us: float, gb_per_s: float, no
     assert math.isclose(exact.alpha_s, truth.alpha_s, rel_tol=1e-6)
     assert math.isclose(exact.bytes_per_s, truth.bytes_per_s, rel_tol=1e-6)
     noisy = fit(sizes, [truth.time_s(n) * (1 + e) for n, e in zip(sizes, noise, strict=True)])
+    assert exact.off_percent < 1e-6
+    assert noisy.off_percent < 5
     assert math.isclose(noisy.time_s(half), truth.time_s(half), rel_tol=0.03)
 
 
@@ -233,14 +235,38 @@ def test_numa_rows_measure_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_hand_over_what_was_sent() -> None:
-    rates = process_links.measure(2**20, repeats=2, timeout_s=30)
+    wrong: list[str] = []
+    rates = process_links.measure(2**20, repeats=2, wrong=wrong, timeout_s=30)
     assert {name: len(found) for name, found in rates.items()} == {"shared memory": 2, "loopback TCP": 2}
+    assert wrong == []
+
+
+ANSWERS_ZERO = """
+import sys
+from ch02_hardware_parallelism import process_links
+process_links.np.copyto = lambda target, source: None  # nothing is taken out of the shared memory
+process_links.far_end(*map(int, sys.argv[1:]))
+"""
+
+
+def test_a_message_that_arrives_wrong_has_its_result_and_exit_code_1(tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--repeats", "3", "--host-mib", "16", "--run-dir", tmp_path]
+    done = run_script(LINKS, flags, before=answer_zero)
+    assert done.returncode == 1
+    assert done.result is not None
+    assert done.result["wrong"] > 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("failed: shared memory")
+
+
+def answer_zero() -> None:
+    process_links.FAR_END = ANSWERS_ZERO
 
 
 def test_a_second_process_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_links, "FAR_END", "raise SystemExit(1)")
     with pytest.raises(UserError, match="second process did not answer"):
-        process_links.measure(2**20, repeats=1, timeout_s=1)
+        process_links.measure(2**20, repeats=1, wrong=[], timeout_s=1)
 
 
 def two_fake_gpus(monkeypatch: pytest.MonkeyPatch, *, peers: bool) -> None:
@@ -370,7 +396,7 @@ def test_the_benchmark_verifies_and_writes(ranks: int, tmp_path: Path) -> None:
     assert done[1].stdout == ""
 
 
-def bench_with_a_wrong_reduce(tmp: str) -> dict:
+def bench_with_a_wrong_reduce(tmp: str) -> None:
     """One number of one rank is off, as a broken link or a bug would leave it."""
 
     def broken(send: torch.Tensor, receive: torch.Tensor, ctx: Any) -> None:
@@ -379,13 +405,14 @@ def bench_with_a_wrong_reduce(tmp: str) -> dict:
             receive[17] += 1
 
     bench_collectives.COLLECTIVES["all_reduce"] = broken
-    return bench(tmp, "--collectives", "broadcast,all_reduce", "--max-bytes", "4KiB")
+    bench_script(tmp, "--collectives", "broadcast,all_reduce", "--max-bytes", "4KiB")
 
 
 def test_a_wrong_result_is_found(tmp_path: Path) -> None:
     done = run_ranks(bench_with_a_wrong_reduce, 2, str(tmp_path))
-    assert all(rank.returncode != 0 and not rank.timed_out for rank in done)
-    assert "2 numbers are wrong after all_reduce" in done[0].stderr
+    assert [(rank.returncode, rank.timed_out) for rank in done] == [(1, False), (1, False)]
+    assert done[0].stderr.splitlines()[-1].startswith("failed: 2 numbers are wrong after all_reduce")
+    assert json.loads(done[0].stdout.splitlines()[-1].removeprefix("RESULT "))["wrong"] == 2
     rows = json.loads((tmp_path / "collectives.json").read_text())
     assert [row["wrong"] for row in rows] == [0, 0, 1, 1]
 
@@ -412,10 +439,22 @@ def test_bad_flags_of_the_benchmark(flags: list[str], says: str) -> None:
     ],
 )
 def test_every_rank_refuses_what_cannot_be_measured(flags: list[str], says: str, tmp_path: Path) -> None:
-    for rank in run_ranks(bench_script, 2, str(tmp_path), *flags):
+    for rank in run_ranks(bench_script, 2, str(tmp_path / "run"), *flags):
         assert (rank.returncode, rank.timed_out) == (2, False)
         assert says in rank.stderr
         assert "Traceback" not in rank.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["no-such-folder/rows.json", "."])
+def test_rows_that_cannot_be_written_are_refused_at_the_start(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in rank_environment(0, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"cannot write .*; pass another --json"):
+        bench_collectives.main(["--device", "cpu", "--json", str(tmp_path / path), "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def bench_script(tmp: str, *flags: str) -> None:
@@ -492,21 +531,38 @@ def test_prediction_and_measurement_of_two_ranks(tmp_path: Path) -> None:
     line = AlphaBeta(found["alpha_us"] / 1e6, 1 / found["all_reduce_gb_per_s"] / 1e9)
     assert found["communication_predicted_ms"] == pytest.approx(line.time_s(found["gradient_mib"] * 2**20) * 1e3)
     assert found["predicted_ms"] == pytest.approx(found["compute_ms"] + found["communication_predicted_ms"])
-    assert found["prediction_error_percent"] == pytest.approx(100 * (found["predicted_ms"] / found["measured_ms"] - 1))
+    error = 100 * (found["predicted_ms"] / found["measured_ms"] - 1)
+    assert found["prediction_error_percent"] == pytest.approx(error)
+    assert found["within_15_percent"] is (abs(error) < 15)
 
 
 def test_copies_alone_send_nothing_and_leave_the_gradients() -> None:
     model = torch.nn.Linear(3, 2)
     model(torch.ones(1, 3)).sum().backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    predict_step.copies_only(model, 1)  # without a process group: a message would fail
+    predict_step.average_gradients(model, 1, send=False)  # without a process group: a message would fail
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
 
 
 def test_rates_without_namespaces_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(virtual_cluster, "why_not", lambda: "no namespaces; run it as root")
-    with pytest.raises(UserError, match="needs a virtual cluster: no namespaces"):
-        predict_step.main(["--rates", "100mbit", "--run-dir", str(tmp_path)])
+    with pytest.raises(UserError, match="no namespaces; run it as root; or leave out --rates"):
+        predict_step.main(["--rates", "100mbit", "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rates", "100mbit,fast"], "'fast' is not like 100mbit"),
+        (["--rates", "100mbit,"], "'' is not like 100mbit"),
+        (["--rates", "1gbit", "--hosts", "1000"], "1000 hosts are too many"),
+    ],
+)
+def test_clusters_that_cannot_be_are_refused_at_the_start(flags: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        predict_step.main([*flags, "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_rates_starts_its_own_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ def test_bad_input_is_refused_before_anything_is_made(line: str, said: str, monk
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("launched", ["RANK", "SLURM_STEP_NUM_TASKS"])
+def test_ranks_make_no_cluster(launched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launched, "1")
+    with pytest.raises(script.UserError, match="starts its own ranks; start this with plain python"):
+        virtual_cluster.main(["--launch", "command", "--", "true"])
+
+
 def test_a_mistake_is_one_line() -> None:
     assert "fill 2 racks" in error_line(cli("--hosts", "3", "--racks", "2"))
 
