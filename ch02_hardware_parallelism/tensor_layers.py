@@ -134,10 +134,10 @@ class VocabCrossEntropy(torch.autograd.Function):
         largest_bt = comm.max(logits_btV.amax(-1))  # taken off first: exp(1e4) is infinite
         shifted_btV = logits_btV - largest_bt[..., None]
         target_bt = shifted_btV.gather(-1, row_bt[..., None])[..., 0].masked_fill(elsewhere_bt, 0)
-        comm.all_reduce(target_bt)
         softmax_btV = shifted_btV.exp_()
-        sum_bt = softmax_btV.sum(-1)
-        comm.all_reduce(sum_bt)
+        both_2bt = torch.stack([target_bt, softmax_btV.sum(-1)])
+        comm.all_reduce(both_2bt)  # in one message
+        target_bt, sum_bt = both_2bt
         ctx.save_for_backward(softmax_btV.div_(sum_bt[..., None]), row_bt, elsewhere_bt)
         return sum_bt.log() - target_bt
 

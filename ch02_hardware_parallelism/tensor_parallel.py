@@ -20,7 +20,14 @@ from ch02_hardware_parallelism import alpha_beta, harness, training
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count, trainable
+from ch02_hardware_parallelism.strategy import (
+    Batch,
+    MakeOptimizer,
+    Strategy,
+    gather_in_one_message,
+    token_count,
+    trainable,
+)
 from ch02_hardware_parallelism.tensor_layers import (
     ColumnLinear,
     CopyToRanks,
@@ -144,14 +151,11 @@ class TensorParallel(Strategy):
 
     # ------------------------------------------------------------ what the ranks hold together
 
-    def gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        return self.comm.all_gather(part, self.shard_dims[name]) if name in self.shard_dims else part
-
     def gradients(self) -> dict[str, torch.Tensor]:
-        return {name: self.gather(name, p.grad) for name, p in trainable(self.model) if p.grad is not None}
+        return gather_in_one_message(super().gradients(), self.shard_dims, self.comm)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: self.gather(name, p.detach()) for name, p in self.model.named_parameters()}
+        return gather_in_one_message(super().weights(), self.shard_dims, self.comm)
 
     def squared_norm(self) -> torch.Tensor:
         """Shards are summed over the ranks; copies are counted once, though every rank has them."""
