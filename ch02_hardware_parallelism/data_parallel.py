@@ -155,7 +155,7 @@ def wire_bytes(gradient_numbers: int, ranks: int, itemsize: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = training.flags(__doc__)
+    parser = training.flags(__doc__, by_hand=True)
     parser.add_argument("--kind", choices=("naive", "bucketed", "ddp"), default="bucketed", help="ddp: the library's")
     args = parser.parse_args(argv)
     if args.by_hand and args.kind == "ddp":

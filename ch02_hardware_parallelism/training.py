@@ -21,8 +21,8 @@ SHARED_FLAGS = (
 )  # fmt: skip
 
 
-def flags(doc: str | None) -> argparse.ArgumentParser:
-    """Model and data. The batch is the whole job's: the ranks share it."""
+def flags(doc: str | None, *, by_hand: bool = False) -> argparse.ArgumentParser:
+    """Model and data, and --by-hand where the script can count. The batch is the whole job's: the ranks share it."""
     made = script.parser(doc)
     made.add_argument("--width", type=script.at_least(1), default=256)
     made.add_argument("--heads", type=script.at_least(1), default=4)
@@ -33,7 +33,8 @@ def flags(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--accumulation", type=script.at_least(1), default=1, help="micro-batches a step")
     made.add_argument("--steps", type=script.at_least(1), default=20)
     made.add_argument("--lr", type=script.positive, default=1e-3)
-    made.add_argument("--by-hand", action="store_true", help="collectives from send and receive, every byte counted")
+    if by_hand:
+        made.add_argument("--by-hand", action="store_true", help="collectives from send and receive, bytes counted")
     return made
 
 

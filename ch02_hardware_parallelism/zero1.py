@@ -74,7 +74,7 @@ def wire_bytes(trainable_numbers: int, ranks: int, itemsize: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = training.flags(__doc__).parse_args(argv)
+    args = training.flags(__doc__, by_hand=True).parse_args(argv)
     run = script.start(__file__, args)
 
     def formula(model: nn.Module, ranks: int) -> int:
