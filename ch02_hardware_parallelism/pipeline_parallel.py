@@ -227,9 +227,7 @@ def main(argv: list[str] | None = None) -> dict:
         if reason := make.why_not(model, ctx.world_size):
             raise script.UserError(f"{reason}, or raise --layers")
         if ctx.is_main and ctx.device.type == "cpu" and ctx.launch.local_world_size > script.usable_cores():
-            get_logger().warning(
-                "more ranks than cores: stages wait for a core as for each other, the bubble says nothing"
-            )
+            get_logger().warning("more ranks than cores: stages wait for a core too, the bubble says nothing")
         text = training.Text(args, ctx.device)
         data = [text.step() for _ in range(args.steps)]
         alone = build(shape, seed=args.seed, device=str(ctx.device))
@@ -276,13 +274,11 @@ def main(argv: list[str] | None = None) -> dict:
         }
         report(result, [live for _, _, live in told])
         if fastest:
-            title = f"{args.schedule}: {bubble(fastest):.0%} of the stages' time is idle"
-            draw(fastest, title, run.path("timeline.png"))
+            draw(fastest, f"{args.schedule}: {bubble(fastest):.0%} of the time is idle", run.path("timeline.png"))
         return result
 
 
 def report(result: dict, live: list[int]) -> None:
-    stages, chunks = result["world_size"], result["chunks"]
     print("{schedule} ({kind}): {world_size} stages, {chunks} chunks, {step_ms:.0f} ms a step".format(**result))
     print("  loss after the last step     {loss_last:.4f}".format(**result))
     print("  differs from one process by  {largest_loss_difference:.1e} at most".format(**result))
@@ -292,6 +288,7 @@ def report(result: dict, live: list[int]) -> None:
     print("  idle share of the stages     {bubble_measured:.3f}, formula {bubble_formula:.3f}".format(**result))
     print("  bytes sent in a step         {wire_bytes_per_step:,}, formula {wire_bytes_formula:,}".format(**result))
     print("  activations alive, by stage ", *live)
+    stages, chunks = result["world_size"], result["chunks"]
     for kind in SCHEDULES:
         wanted = [peak_live(schedule(kind, stage, stages, chunks)) for stage in range(stages)]
         print(f"    as {kind:5} must have        ", *wanted)
