@@ -151,7 +151,7 @@ class Bug:
     broken: type[Strategy]
     source: str
     ranks: int = 2
-    sequences: int = 8  # a micro-batch of the training in the museum
+    uneven: bool = False  # shows only where a micro-batch does not divide by the ranks
 
     @property
     def story(self) -> str:
@@ -161,7 +161,7 @@ class Bug:
 BUGS = {
     "sum-instead-of-mean": Bug(DataParallel, SumInsteadOfMean, "hand-made data parallelism; Adam hides the factor"),
     "mean-of-means": Bug(
-        DataParallel, MeanOfMeans, "gradient accumulation in transformers until October 2024 (PR 34191)", sequences=7
+        DataParallel, MeanOfMeans, "gradient accumulation in transformers until October 2024 (PR 34191)", uneven=True
     ),
     "reduced-every-micro-batch": Bug(BucketedDataParallel, ReducedEveryMicroBatch, "hand-made hooks without no_sync"),
     "last-micro-batch-only": Bug(DataParallel, LastMicroBatchOnly, "teaching code that uses register_hook"),

@@ -76,7 +76,7 @@ class Outcome:
     wrong: tuple[str, ...] = ()  # all with too large a one, in the first step that has any
     wrong_step: int = STEPS  # that step
     missing: tuple[str, ...] = ()  # gradients that a rank did not have in some step, of weights that it holds
-    held: frozenset[str] = frozenset()  # parameters whose weights are on some rank
+    unheld: frozenset[str] = frozenset()  # parameters whose weights are on no rank
     factors: dict[str, float] = field(default_factory=dict)  # of the wrong ones: how many times the reference, if so
     wire_bytes: int = 0  # payload sent by all ranks by hand, a step
 
@@ -200,27 +200,27 @@ def check_here(
     strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem, ctx: dist.Context
 ) -> list[Outcome]:
     """Compare on the ranks that are here, one call a rank. The outcomes are those of all ranks, on every rank."""
-    outcomes = []
+    mine = []  # this rank's, told to the others at the end: two messages instead of two a comparison
     for case in cases:
         wanted = reference(problem, case, ctx.device)
         for strategy in strategies:
             name, make = resolve(strategy)
             model = problem.build(case).to(ctx.device)
             if reason := make.why_not(model, case.ranks):  # type: ignore[attr-defined]
-                outcomes.append(Outcome(name, case, skipped=reason))
-                continue
-            mine = _compare(name, make, model, case, wanted, problem, ctx)
-            parts: list[Outcome | None] = [None] * ctx.world_size
-            torch.distributed.all_gather_object(parts, mine)
-            outcomes.append(_merge([part for part in parts if part], set(wanted.weights)))
-    return outcomes
+                mine.append(Outcome(name, case, skipped=reason))
+            else:
+                mine.append(_compare(name, make, model, case, wanted, problem, ctx))
+    told: list[list[Outcome]] = [[]] * ctx.world_size
+    torch.distributed.all_gather_object(told, mine)
+    return [_merge(parts) for parts in zip(*told, strict=True)]
 
 
 def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: dist.Context) -> Outcome:
     comm = Comm(by_hand=case.by_hand)
     strategy = make(model, comm, problem.make_optimizer)
     losses, norms, gradients = [], [], {}
-    wrong, factors, missing = {}, {}, set()
+    wrong, factors = {}, {}
+    complete = set(wanted.gradients[0])  # what had a gradient in every step
     wrong_step, sent = STEPS, 0
     for number, micro_batches in enumerate(problem.steps(case)):
         micro_batches = [(x.to(ctx.device), y.to(ctx.device)) for x, y in micro_batches]
@@ -234,7 +234,7 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
         # The gradient of a key's bias is zero but for rounding: relative to itself it would be noise.
         floor = (norm / sum(g.numel() for g in target.values()) ** 0.5).item()
         found = strategy.gradients()
-        missing |= (strategy.weights().keys() & target.keys()) - found.keys()
+        complete &= found.keys()
         for parameter, gradient in found.items():
             if parameter not in target or gradient.shape != target[parameter].shape:
                 wrong[parameter], wrong_step = float("inf"), min(wrong_step, number)
@@ -254,20 +254,22 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
     weights = _worst(
         _distance(w, wanted.weights[p], 1e-3) if p in wanted.weights else float("inf") for p, w in held.items()
     )
+    missing = (held.keys() & wanted.gradients[0].keys()) - complete
     strategy.close()
     worst = max(gradients, key=gradients.__getitem__, default="")
     return Outcome(
         name, case, loss_error=_worst(losses), gradient_error=_worst([*gradients.values(), *wrong.values()]),
         norm_error=_worst(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
-        wrong_step=wrong_step, missing=tuple(sorted(missing)), held=frozenset(held), wire_bytes=sent,
+        wrong_step=wrong_step, missing=tuple(sorted(missing)), unheld=frozenset(wanted.weights.keys() - held.keys()),
+        wire_bytes=sent,
     )  # fmt: skip
 
 
-def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
-    """One outcome from those of the ranks. `names` are those of all parameters: each must be held by some rank."""
+def _merge(parts: Sequence[Outcome]) -> Outcome:
+    """One outcome from those of the ranks. Each parameter must be held by some rank."""
     worst = max(parts, key=lambda part: part.gradient_error if part.gradient_error == part.gradient_error else 9e99)
-    held = frozenset().union(*(part.held for part in parts))
-    missing = (names - held).union(*(part.missing for part in parts))
+    unheld = frozenset.intersection(*(part.unheld for part in parts))
+    missing = unheld.union(*(part.missing for part in parts))
     step = min(part.wrong_step for part in parts)
     first = [part for part in parts if part.wrong_step == step]
     return replace(
@@ -280,7 +282,7 @@ def _merge(parts: list[Outcome], names: set[str]) -> Outcome:
         wrong_step=step,
         factors={name: f for part in first for name, f in part.factors.items()},
         missing=tuple(sorted(missing)),
-        held=held,
+        unheld=unheld,
         wire_bytes=sum(part.wire_bytes for part in parts),
     )
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -33,7 +32,14 @@ from torch.distributed.tensor.parallel import (
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism import sequence_parallel, tensor_parallel
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count, trainable
+from ch02_hardware_parallelism.strategy import (
+    Batch,
+    MakeOptimizer,
+    Strategy,
+    gather_in_one_message,
+    token_count,
+    trainable,
+)
 
 Plan = dict[str, ParallelStyle]
 
@@ -89,7 +95,7 @@ class LibraryTensorParallel(Strategy):
             model.head.weight = model.embedding.token.weight
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name not in frozen
-        super().__init__(model, comm, lambda parameters: make_optimizer(separated(parameters)))
+        super().__init__(model, comm, lambda own: make_optimizer([{"params": kind} for kind in separated(own)]))
 
     @staticmethod
     def why_not(model: models.Transformer, ranks: int) -> str | None:
@@ -104,17 +110,30 @@ class LibraryTensorParallel(Strategy):
                 part = F.cross_entropy(logits_btv.flatten(0, 1), targets_bt.flatten(), reduction="sum") / tokens
                 part.backward()
             loss += whole(part.detach())
+        for _, parameter in trainable(self.model):
+            if isinstance(parameter.grad, DTensor) and parameter.grad.placements[0].is_partial():
+                parameter.grad = parameter.grad.redistribute(placements=[Replicate()])  # else each reader sums it anew
         return loss
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        return {name: whole(p.grad) for name, p in trainable(self.model) if p.grad is not None}
+        return self.gather(super().gradients())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+        return self.gather(super().weights())
+
+    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """full_tensor() of each would do, with a message each."""
+        kinds = {name: x.placements[0] for name, x in tensors.items() if isinstance(x, DTensor)}
+        local = {name: x.to_local() if name in kinds else x for name, x in tensors.items()}
+        return gather_in_one_message(local, {name: k.dim for name, k in kinds.items() if k.is_shard()}, self.comm)
 
     def squared_norm(self) -> torch.Tensor:
-        """A DTensor knows which of its copies are copies: no rank counts one twice."""
-        return torch.stack([whole(p.grad.square().sum()) for _, p in trainable(self.model) if p.grad is not None]).sum()
+        """A DTensor knows which of its copies are copies: no rank counts one twice.
+
+        Sums of shards stay Partial, so that all of them together take one all_reduce.
+        """
+        squares = [p.grad.square().sum() for _, p in trainable(self.model) if p.grad is not None]
+        return sum(whole(sum(part)) for part in separated(squares))
 
 
 class LibrarySequenceParallel(LibraryTensorParallel):
@@ -133,8 +152,8 @@ def mesh_of(comm: Comm, device: torch.device) -> DeviceMesh:
     return DeviceMesh.from_group(comm.group, device.type)
 
 
-def separated(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
-    """Two parameter groups: an optimizer that steps over many tensors at once takes them group by group."""
-    parameters = list(parameters)
-    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
-    return [{"params": kind} for kind in kinds if kind]
+def separated(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """DTensors and ordinary ones: the two cannot be added or stepped over together."""
+    tensors = list(tensors)
+    kinds = [[x for x in tensors if isinstance(x, DTensor) is sharded] for sharded in (True, False)]
+    return [kind for kind in kinds if kind]

@@ -4,8 +4,8 @@ You learn   why "the loss goes down" proves nothing, and what a comparison of gr
 Laptop      python ch02_hardware_parallelism/museum.py
 One         python ch02_hardware_parallelism/museum.py --bug sum-instead-of-mean --steps 200
 GPU node    the same: the museum trains on CPU ranks that it starts itself, as parity bugs do not depend on the device
-You see     for each bug the final loss beside the healthy one's and the spread of healthy seeds, then what the harness
-            says about it; a plot of all curves, among which you will not find the wrong ones
+You see     for each bug the final loss beside the spread of healthy seeds (one process trains those), then what the
+            harness says about it; a plot of all curves, among which you will not find the wrong ones
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import matplotlib
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.bugs import BUGS, find_bug
 from ch02_hardware_parallelism.comm import Comm
+from ch02_hardware_parallelism.data_parallel import DataParallel
+from ch02_hardware_parallelism.harness import Case
 from ch02_hardware_parallelism.model import build
 from ch02_hardware_parallelism.strategy import Strategy
 from ch02_hardware_parallelism.training import Text, adamw, flags, shape_of
 from common import dist, ranks, script
 
-HealthyCurves = dict[tuple[type[Strategy], int], list[list[float]]]  # by strategy and batch, one a seed
+HealthyCurves = dict[int, list[list[float]]]  # by batch size, one curve a seed
+SMALLEST_BATCH = 4  # the most ranks that share it out, and the chunks of a pipeline
 TAIL = 10  # steps whose mean is the final loss
 
 
@@ -72,22 +75,24 @@ def final(losses: list[float]) -> float:
 
 
 def visit(name: str, args: argparse.Namespace, healthy: HealthyCurves) -> Exhibit:
-    """Train with the bug, and let the harness look at it. `healthy` keeps healthy curves from one bug to the next."""
+    """Train with the bug, and let the harness look at it. `healthy` keeps healthy curves from one bug to the next.
+
+    One process trains the healthy ones, for that is what every healthy strategy computes (parity.py).
+    """
     bug = find_bug(name)
+    batch = args.batch_size - (bug.uneven and args.batch_size % bug.ranks == 0)
 
-    def train(make: type[Strategy], seed: int) -> list[float]:
-        own = argparse.Namespace(**{**vars(args), "seed": seed, "batch_size": bug.sequences})
-        started = ranks.run_ranks(curve, bug.ranks, make, own, timeout_s=300)
-        return ranks.values(started)[0]
+    def train(make: type[Strategy], seed: int, count: int) -> list[float]:
+        own = argparse.Namespace(**{**vars(args), "seed": seed, "batch_size": batch})
+        return ranks.values(ranks.run_ranks(curve, count, make, own, timeout_s=300))[0]
 
-    key = bug.healthy, bug.sequences
-    if key not in healthy:
-        healthy[key] = [train(bug.healthy, args.seed + number) for number in range(args.seeds)]
-    broken = train(bug.broken, args.seed)
-    cases = [case for case in harness.all_cases([bug.ranks], [4], ["float64"]) if not case.frozen]
+    if batch not in healthy:
+        healthy[batch] = [train(DataParallel, args.seed + number, 1) for number in range(args.seeds)]
+    broken = train(bug.broken, args.seed, bug.ranks)
+    cases = [Case(bug.ranks, accumulation=4, uneven=uneven) for uneven in (False, True)]
     found = [outcome.diagnosis() for outcome in harness.check([bug.broken], cases) if not outcome.ok]
     plainest = min(found, key=lambda text: ("times" not in text, len(text)), default="")  # a factor says most
-    return Exhibit(name, broken, healthy[key], plainest)
+    return Exhibit(name, broken, healthy[batch], plainest)
 
 
 def draw(exhibits: list[Exhibit], run: script.Run) -> None:
@@ -129,6 +134,12 @@ def main(argv: list[str] | None = None) -> dict:
         find_bug(name)
     if dist.read_launch().launcher != "python":
         raise script.UserError("the museum starts its own ranks; start it with plain python")
+    if args.device == "cuda":
+        raise script.UserError("the museum trains on CPU ranks; leave out --device cuda")
+    if args.batch_size < SMALLEST_BATCH:
+        raise script.UserError(
+            f"--batch-size {args.batch_size} is less than the bugs need; take {SMALLEST_BATCH} or more"
+        )
     model = build(shape_of(args))
     for name in names:
         bug = find_bug(name)

@@ -15,8 +15,6 @@ instead of keeping it; here autograd keeps it.) The suffix T is a rank's part of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,35 +24,10 @@ from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape
 from ch02_hardware_parallelism.strategy import sum_in_one_message
+from ch02_hardware_parallelism.tensor_layers import Boundary
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel, indivisible
 
 TIME = 1  # the dimension of t in [b, t, d]
-
-
-class GatherPositions(torch.autograd.Function):
-    """Where a parallel region begins: all_gather forward, reduce_scatter backward. [b, T, d] -> [b, t, d]"""
-
-    @staticmethod
-    def forward(ctx: Any, x_bTd: torch.Tensor, comm: Comm) -> torch.Tensor:
-        ctx.comm = comm
-        return comm.all_gather(x_bTd, TIME)
-
-    @staticmethod
-    def backward(ctx: Any, grad_btd: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.comm.reduce_scatter(grad_btd, TIME), None
-
-
-class ScatterSum(torch.autograd.Function):
-    """Where it ends: reduce_scatter forward, all_gather backward. [b, t, d], one term of a sum -> [b, T, d]"""
-
-    @staticmethod
-    def forward(ctx: Any, x_btd: torch.Tensor, comm: Comm) -> torch.Tensor:
-        ctx.comm = comm
-        return comm.reduce_scatter(x_btd, TIME)
-
-    @staticmethod
-    def backward(ctx: Any, grad_bTd: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.comm.all_gather(grad_bTd, TIME), None
 
 
 class OwnPositions(nn.Module):
@@ -102,10 +75,18 @@ class SequenceParallel(TensorParallel):
         model.embedding.position = OwnPositions(model.embedding.position, self.comm)
 
     def enter(self, x_bTd: torch.Tensor) -> torch.Tensor:
-        return GatherPositions.apply(x_bTd, self.comm)
+        """all_gather forward, reduce_scatter backward: [b, T, d] -> [b, t, d]."""
+        return Boundary.apply(x_bTd, self.all_positions, self.own_positions)
 
     def leave(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return ScatterSum.apply(x_btd, self.comm)
+        """reduce_scatter forward, all_gather backward: [b, t, d], one term of a sum -> [b, T, d]."""
+        return Boundary.apply(x_btd, self.own_positions, self.all_positions)
+
+    def all_positions(self, x_bTd: torch.Tensor) -> torch.Tensor:
+        return self.comm.all_gather(x_bTd, TIME)
+
+    def own_positions(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.comm.reduce_scatter(x_btd, TIME)
 
     def synchronize(self, loss: torch.Tensor) -> None:
         """The loss is whole: the head gathers all positions. The copies' gradients are not."""

@@ -39,6 +39,22 @@ def sum_in_one_message(tensors: list[torch.Tensor], comm: Comm) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
+def gather_in_one_message(
+    tensors: dict[str, torch.Tensor], shard_dims: dict[str, int], comm: Comm
+) -> dict[str, torch.Tensor]:
+    """Whole tensors from the ranks' equal shards, cut along shard_dims[name]. The others are returned as they are."""
+    parts = {name: tensor for name, tensor in tensors.items() if name in shard_dims}
+    if not parts:
+        return tensors
+    flat = torch.cat([part.flatten() for part in parts.values()])
+    of_ranks = [own.split([part.numel() for part in parts.values()]) for own in comm.all_gather(flat).chunk(comm.size)]
+    whole = {
+        name: torch.cat([shard.view_as(part) for shard in shards], shard_dims[name])
+        for (name, part), shards in zip(parts.items(), zip(*of_ranks, strict=True), strict=True)
+    }
+    return tensors | whole
+
+
 class Strategy:
     """A model whose training step is spread over the ranks of `comm`.
 

@@ -19,45 +19,24 @@ from torch import nn
 
 from ch02_hardware_parallelism.comm import Comm
 
-AddUp = Callable[[torch.Tensor], torch.Tensor]  # the ranks' terms to their sum: where a parallel region ends
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def summed(x: torch.Tensor, comm: Comm) -> torch.Tensor:
-    """The sum over the ranks, in a tensor of its own: autograd may need x as it was."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    comm.all_reduce(total)
-    return total
-
-
-class CopyToRanks(torch.autograd.Function):
-    """Megatron's f, where a parallel region begins: identity forward, all_reduce backward.
-
-    Every rank uses all of x with its own slice of the weight, so each has one term of the gradient of x.
-    """
+class Boundary(torch.autograd.Function):
+    """Where a parallel region begins or ends: one operation on the activations, its opposite on their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: Comm) -> torch.Tensor:
-        ctx.comm = comm
-        return x.view_as(x)
+    def forward(ctx: Any, x: torch.Tensor, forward: Change, backward: Change) -> torch.Tensor:
+        ctx.change = backward
+        return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return summed(grad, ctx.comm), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.change(grad), None, None
 
 
-class SumOfRanks(torch.autograd.Function):
-    """Megatron's g, where one ends: all_reduce forward, identity backward.
-
-    The gradient of a term is that of the sum, and every rank has it: each computes the same from there on.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: Comm) -> torch.Tensor:
-        return summed(x, comm)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x.view_as(x)
 
 
 def slice_of(whole: nn.Parameter, dim: int, comm: Comm) -> nn.Parameter:
@@ -67,7 +46,7 @@ def slice_of(whole: nn.Parameter, dim: int, comm: Comm) -> nn.Parameter:
 
 
 class ColumnLinear(nn.Module):
-    """Some of a linear layer's outputs: x [b, t, d] -> [b, t, F]. Its input must come through CopyToRanks."""
+    """Some of a linear layer's outputs: x [b, t, d] -> [b, t, F]. Its input must come through a Boundary."""
 
     shard_dims = {"weight": 0, "bias": 0}  # noqa: RUF012  torch stores a weight [out, in]: columns of A are its rows
 
@@ -85,7 +64,7 @@ class RowLinear(nn.Module):
 
     shard_dims = {"weight": 1}  # noqa: RUF012
 
-    def __init__(self, whole: nn.Linear, comm: Comm, add_up: AddUp) -> None:
+    def __init__(self, whole: nn.Linear, comm: Comm, add_up: Change) -> None:
         super().__init__()
         self.weight = slice_of(whole.weight, 1, comm)
         self.bias = whole.bias
@@ -100,7 +79,7 @@ class VocabEmbedding(nn.Module):
 
     shard_dims = {"weight": 0}  # noqa: RUF012
 
-    def __init__(self, whole: nn.Embedding, comm: Comm, add_up: AddUp) -> None:
+    def __init__(self, whole: nn.Embedding, comm: Comm, add_up: Change) -> None:
         super().__init__()
         self.weight = slice_of(whole.weight, 0, comm)
         self.first = comm.rank * len(self.weight)
@@ -134,10 +113,10 @@ class VocabCrossEntropy(torch.autograd.Function):
         largest_bt = comm.max(logits_btV.amax(-1))  # taken off first: exp(1e4) is infinite
         shifted_btV = logits_btV - largest_bt[..., None]
         target_bt = shifted_btV.gather(-1, row_bt[..., None])[..., 0].masked_fill(elsewhere_bt, 0)
-        comm.all_reduce(target_bt)
         softmax_btV = shifted_btV.exp_()
-        sum_bt = softmax_btV.sum(-1)
-        comm.all_reduce(sum_bt)
+        both_2bt = torch.stack([target_bt, softmax_btV.sum(-1)])
+        comm.all_reduce(both_2bt)  # in one message
+        target_bt, sum_bt = both_2bt
         ctx.save_for_backward(softmax_btV.div_(sum_bt[..., None]), row_bt, elsewhere_bt)
         return sum_bt.log() - target_bt
 

@@ -4,7 +4,10 @@ You learn   which matrix to cut by columns and which by rows, where a gradient m
             how to take a cross-entropy over a vocabulary that no rank holds as a whole, what all that costs in bytes
 Laptop      torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/tensor_parallel.py --by-hand
 Sequences   the same with --sequence-parallel: t is cut too, where the matrices are not
-Others      --strategy tensor-x-data (4 ranks, a grid of 2 x 2), library-tensor or library-sequence (DTensor)
+The library torchrun --standalone --nproc-per-node=2 ch02_hardware_parallelism/tensor_parallel.py \
+                --strategy library-tensor   (DTensor; library-sequence)
+A grid      torchrun --standalone --nproc-per-node=4 ch02_hardware_parallelism/tensor_parallel.py \
+                --strategy tensor-x-data    (2 x 2)
 GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/tensor_parallel.py \
                 --width 2048 --heads 16 --layers 8 --seq-len 1024
 Cluster     srun python ch02_hardware_parallelism/tensor_parallel.py --heads 16   (one task a GPU, all on one node)
@@ -20,14 +23,21 @@ from ch02_hardware_parallelism import alpha_beta, harness, training
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.model import Shape
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count, trainable
+from ch02_hardware_parallelism.strategy import (
+    Batch,
+    MakeOptimizer,
+    Strategy,
+    gather_in_one_message,
+    token_count,
+    trainable,
+)
 from ch02_hardware_parallelism.tensor_layers import (
+    Boundary,
     ColumnLinear,
-    CopyToRanks,
     RowLinear,
-    SumOfRanks,
     VocabCrossEntropy,
     VocabEmbedding,
+    unchanged,
 )
 from common import logs, script
 
@@ -58,7 +68,7 @@ class TensorParallel(Strategy):
 
     What is not cut (norms, positions, biases of row layers) is on every rank, and its gradients need no sum: between
     the parallel regions all ranks compute the same from the same numbers, and where a gradient comes out of a region it
-    has been summed (CopyToRanks). Copies that start equal stay equal.
+    has been summed (enter). Copies that start equal stay equal.
     """
 
     wire_bytes = staticmethod(wire_bytes)
@@ -112,12 +122,24 @@ class TensorParallel(Strategy):
         layer.register_forward_pre_hook(lambda _, inputs: (self.enter(inputs[0]),))
 
     def enter(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """What a parallel region begins with."""
-        return CopyToRanks.apply(x_btd, self.comm)
+        """Where a parallel region begins, Megatron's f: identity forward, all_reduce backward.
+
+        Every rank uses all of x with its own slice of the weight, so each has one term of the gradient of x.
+        """
+        return Boundary.apply(x_btd, unchanged, self.summed)
 
     def leave(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """What it ends with."""
-        return SumOfRanks.apply(x_btd, self.comm)
+        """Where it ends, Megatron's g: all_reduce forward, identity backward.
+
+        The gradient of a term is that of the sum, and every rank has it: each computes the same from there on.
+        """
+        return Boundary.apply(x_btd, self.summed, unchanged)
+
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in a tensor of its own: autograd may need x as it was."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        self.comm.all_reduce(total)
+        return total
 
     # ------------------------------------------------------------ a step
 
@@ -144,14 +166,11 @@ class TensorParallel(Strategy):
 
     # ------------------------------------------------------------ what the ranks hold together
 
-    def gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        return self.comm.all_gather(part, self.shard_dims[name]) if name in self.shard_dims else part
-
     def gradients(self) -> dict[str, torch.Tensor]:
-        return {name: self.gather(name, p.grad) for name, p in trainable(self.model) if p.grad is not None}
+        return gather_in_one_message(super().gradients(), self.shard_dims, self.comm)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: self.gather(name, p.detach()) for name, p in self.model.named_parameters()}
+        return gather_in_one_message(super().weights(), self.shard_dims, self.comm)
 
     def squared_norm(self) -> torch.Tensor:
         """Shards are summed over the ranks; copies are counted once, though every rank has them."""

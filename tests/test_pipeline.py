@@ -237,9 +237,22 @@ def test_live_activations(kind: type[GPipe], peaks: list[int]) -> None:
     assert all(why == "13 chunks of 12 sequences; take fewer or a larger batch" for _, _, why in seen)
 
 
+SMALL = ["--width", "48", "--layers", "4", "--seq-len", "16", "--steps", "3", "--batch-size", "9", "--chunks", "4"]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_the_script_runs_the_library_s_schedules(schedule: str, tmp_path: Path) -> None:
+    flags = [*SMALL, "--kind", "library", "--schedule", schedule, "--device", "cpu", "--run-dir", str(tmp_path)]
+    result, _ = values(run_ranks(main, 2, flags))
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["wire_bytes_formula"] > 0
+    unseen = ("bubble_measured", "wire_bytes_per_step", "live_activations_first_stage")
+    assert [result[name] for name in unseen] == [None] * 3
+    assert not (tmp_path / "timeline.png").exists()
+
+
 def test_the_script_on_two_ranks(tmp_path: Path) -> None:
-    flags = ["--width", "48", "--layers", "4", "--seq-len", "16", "--steps", "3", "--batch-size", "9", "--chunks", "4"]
-    ranks = run_ranks(main, 2, [*flags, "--device", "cpu", "--run-dir", str(tmp_path)])
+    ranks = run_ranks(main, 2, [*SMALL, "--device", "cpu", "--run-dir", str(tmp_path)])
     result, nothing = values(ranks)
     assert nothing == {}
     assert "activations alive, by stage  2 1" in ranks[0].stdout
@@ -281,6 +294,8 @@ def test_one_rank_is_an_ordinary_step(tmp_path: Path) -> None:
         (["--width", "50"], "does not divide --width 50"),
         (["--schedule", "zero-bubble"], "--schedule"),
         (["--steps", "1"], "--steps"),
+        (["--by-hand"], "--by-hand"),
+        (["--kind", "theirs"], "--kind"),
     ],
 )
 def test_bad_flags(flags: list[str], says: str, tmp_path: Path) -> None:

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ch02_hardware_parallelism import harness, sequence_parallel, tensor_data, tensor_parallel
 from ch02_hardware_parallelism import model as models
+from ch02_hardware_parallelism.bugs import MissingReplicatedAllReduce, NormCountsCopies, RowBiasOnEveryRank
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import STEPS, Case, Outcome, Problem
 from ch02_hardware_parallelism.model import Shape
-from ch02_hardware_parallelism.sequence_parallel import SequenceParallel
-from ch02_hardware_parallelism.tensor_layers import RowLinear, VocabCrossEntropy
+from ch02_hardware_parallelism.tensor_layers import VocabCrossEntropy
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
 from common import dist
 from common.script import UserError
@@ -44,33 +43,7 @@ class Small(Problem):
     shape = Shape(layers=3)
 
 
-# ---------------------------------------------------------------- planted bugs, which the harness must see
-
-
-class EveryRanksBias(RowLinear):
-    def forward(self, x_btF: torch.Tensor) -> torch.Tensor:
-        return self.add_up(F.linear(x_btF, self.weight, self.bias))
-
-
-class BiasOnEveryRank(TensorParallel):
-    def row(self, whole: nn.Linear) -> nn.Module:
-        return EveryRanksBias(whole, self.comm, self.leave)
-
-
-class CopiesCountedOnEveryRank(TensorParallel):
-    def squared_norm(self) -> torch.Tensor:
-        sharded, replicated = self.gradients_held()
-        total = self.sum_of_squares([*sharded, *replicated])
-        self.comm.all_reduce(total)
-        return total
-
-
-class CopiesNotSummed(SequenceParallel):
-    def synchronize(self, loss: torch.Tensor) -> None:
-        pass
-
-
-BUGS = (BiasOnEveryRank, CopiesCountedOnEveryRank, CopiesNotSummed)
+BUGS = (RowBiasOnEveryRank, NormCountsCopies, MissingReplicatedAllReduce)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +66,10 @@ def test_parity(outcomes: dict[tuple[str, Case], Outcome], strategy: str) -> Non
 
 def test_planted_bugs_are_seen(outcomes: dict[tuple[str, Case], Outcome]) -> None:
     plain = CASES[0]
-    assert "loss" in outcomes["BiasOnEveryRank", plain].failures
+    assert "loss" in outcomes["RowBiasOnEveryRank", plain].failures
     # gradients, losses and weights are right: only clipping would go wrong
-    assert outcomes["CopiesCountedOnEveryRank", plain].failures == ["norm"]
-    forgotten = outcomes["CopiesNotSummed", plain]
+    assert outcomes["NormCountsCopies", plain].failures == ["norm"]
+    forgotten = outcomes["MissingReplicatedAllReduce", plain]
     copies = {name for name, _ in models.build(Small.shape).named_parameters()
               if "norm" in name or "position" in name or name.endswith(("out.bias", "down.bias"))}  # fmt: skip
     # The weights of the second step are wrong too, so by then all gradients are.
@@ -148,8 +121,14 @@ def test_the_library_sends_what_the_formula_says() -> None:
     (counted, _) = spawn.values(spawn.run_ranks(collectives_of_the_library, 2, "library-tensor"))
     assert counted == {"all_reduce": regions + 3}
     (counted, _) = spawn.values(spawn.run_ranks(collectives_of_the_library, 2, "library-sequence"))
-    # The embedding is summed as a whole, then cut: an all_reduce instead of a reduce_scatter.
-    assert counted == {"all_reduce": 4, "all_gather_into_tensor": regions, "reduce_scatter_tensor": regions - 1}
+    # The embedding is summed as a whole, then cut: an all_reduce instead of a reduce_scatter. Weight and bias of each
+    # norm are summed at the end, one by one.
+    norms = 2 * Small.shape.layers + 1
+    assert counted == {
+        "all_reduce": 4 + 2 * norms,
+        "all_gather_into_tensor": regions,
+        "reduce_scatter_tensor": regions - 1,
+    }
 
 
 @pytest.mark.parametrize(("ranks", "grid"), [(2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (6, (2, 3)), (8, (2, 4))])
