@@ -9,8 +9,8 @@ You see     naive hides nothing. Buckets hide what fits beside backward: most on
             where the step is as long as its messages. Ours against DDP's, step by step in one run.
 
 Every way has its own two parts: compute is its step when the messages are not sent, communication its messages without
-the step. exposed = step - compute (median over rounds); hidden = 1 - exposed / communication. It is below 0 where sending slows computing
-down, as when gloo's threads need the cores of a busy machine.
+the step. exposed = step - compute, the median over rounds; hidden = 1 - exposed / communication. It is below 0 where
+sending slows computing down, as when gloo's threads need the cores of a busy machine.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_each_kind_is_held_against_its_own_parts() -> None:
 @pytest.mark.parametrize("script", [overlap, compare_dp_tp])
 @pytest.mark.parametrize("rates", ["fast", "1gbit,", "1gbit,1tbit"])
 def test_a_bad_rate_leaves_nothing_behind(script: ModuleType, rates: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--rates: .* rate .*(write|take)"):
+    with pytest.raises(UserError, match=r"rate .*(write|take)"):
         script.main(["--rates", rates, "--run-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
