@@ -33,31 +33,34 @@ class Preemption:
     """
 
     def __init__(self, signals: Sequence[signal.Signals], ctx: Context) -> None:
-        self.ctx, self.caught = ctx, False
+        self.ctx, self.caught = ctx, 0  # the signal's number
         self.watched = bool(signals)
         for number in signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.caught = True
+        self.caught = number
 
     def ask(self) -> None:
         if self.watched:
-            self._anybody = torch.tensor([int(self.caught)])
+            self._anybody = torch.tensor([self.caught])
             self._handle = torch.distributed.all_reduce(self._anybody, torch.distributed.ReduceOp.MAX, async_op=True)
 
-    def answer(self) -> bool:
-        """Whether to save and leave now."""
+    def answer(self) -> signal.Signals | None:
+        """The signal on which to save and leave now, the same on all ranks; None to go on."""
         if not self.watched:
-            return False
+            return None
         self._handle.wait()
-        return bool(self._anybody)
+        return signal.Signals(int(self._anybody)) if self._anybody else None
 
 
-def requeue() -> bool:
-    """Ask Slurm to start this job again, from a job that saved. Whether there was a Slurm to ask."""
+def requeue(caught: signal.Signals) -> bool:
+    """Ask Slurm to start this job again, now that it has saved. Whether it did.
+
+    SIGTERM needs no asking: whoever sends it (Slurm itself, torchrun when a node joins) knows what comes next.
+    """
     job = os.environ.get("SLURM_JOB_ID")
-    if not job or not shutil.which("scontrol"):
+    if caught == signal.SIGTERM or not job or not shutil.which("scontrol"):
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:

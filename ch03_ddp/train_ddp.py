@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict:
         report = Report(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)
 
-        leave = False
+        leave = None
         for number in range(first + 1, args.steps + 1):
             lr = training.learning_rate(number - 1, args.steps, args.lr, args.warmup)
             for group in parts.optimizer.param_groups:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
             report.step(number, loss, lr, batch)
 
             leave = preempted.answer()
-            last = leave or number == args.steps
+            last = bool(leave) or number == args.steps
             validated = args.val_every and number % args.val_every == 0 and not last
             val_loss = report.validate(model, number) if validated else None
             due = args.save_every and number % args.save_every == 0
@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> dict:
                 break
 
         keeper.wait()
-        result = report.finish(model, preempted=leave)
+        result = report.finish(model, preempted=bool(leave))
         if ctx.is_main and leave:
-            result["requeued"] = preemption.requeue()
+            result["requeued"] = preemption.requeue(leave)
         ctx.barrier("report written")
         return result
 
