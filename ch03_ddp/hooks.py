@@ -180,7 +180,9 @@ def register(ddp: DistributedDataParallel, name: str) -> object:
     if name not in HOOKS:
         raise UserError(f"there is no hook {name!r}; take one of {', '.join(HOOKS)}")
     if name == "powersgd" and ddp.device.type == "cpu" and torch.cuda.is_available():
-        raise UserError("torch's PowerSGD synchronises any GPU it sees; with --device cpu set CUDA_VISIBLE_DEVICES=")
+        raise UserError(
+            "torch's PowerSGD synchronises a GPU if it sees one; set CUDA_VISIBLE_DEVICES= with --device cpu"
+        )
     make = HOOKS[name].make
     if make is None:
         return None
