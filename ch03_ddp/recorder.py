@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Recorder:
         self.name_of = {p: name for name, p in ddp.module.named_parameters() if p.requires_grad}
         self.gradients: dict[str, Any] = {}
         self.buckets: list[Bucket] = []
-        self.on_buffer: Callable[[torch.Tensor], None] = lambda buffer: None  # called with each bucket's flat tensor
+        self.buffers: list[torch.Tensor] = []  # the buckets' flat tensors
         for parameter in self.name_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
         ddp.register_comm_hook(self, Recorder._on_bucket)
@@ -92,7 +92,7 @@ class Recorder:
         names, size = [self.name_of[p] for p in bucket.parameters()], bucket.buffer().nbytes
         seen = Bucket(bucket.index(), names, size, bucket.is_last(), self.clock.mark())
         self.buckets.append(seen)
-        self.on_buffer(bucket.buffer())
+        self.buffers.append(bucket.buffer())
 
         def landed(done):
             seen.finished = self.clock.mark()
@@ -101,7 +101,7 @@ class Recorder:
         return hooks.identity(self.ddp.process_group, bucket).then(landed)
 
     def clear(self) -> None:
-        self.gradients, self.buckets = {}, []
+        self.gradients, self.buckets, self.buffers = {}, [], []
 
     def step(self, begin: Any, forward: Any, end: Any) -> Step:
         """What was recorded since `clear`, given the marks at the begin, after forward, and after backward."""

@@ -71,6 +71,12 @@ class Lab:
         of_ranks = self.everywhere(flat)
         return all(torch.equal(of_ranks[0], other) for other in of_ranks)
 
+    def held(self) -> tuple[int, bool]:
+        """Bytes behind all gradients and buckets, and whether a gradient lies in its bucket."""
+        grads, buffers = [p.grad for p in self.model.parameters() if p.grad is not None], self.recorder.buffers
+        both = storage_bytes([*grads, *buffers])
+        return both, both == storage_bytes(buffers)
+
     def everywhere(self, x: torch.Tensor) -> list[torch.Tensor]:
         found = [torch.empty_like(x) for _ in range(self.ctx.world_size)]
         torch.distributed.all_gather(found, x)
@@ -150,27 +156,21 @@ def options(args: argparse.Namespace, ctx: dist.Context) -> dict:
     """What DDP's options change: the buckets, the memory of gradients and buckets, the step."""
     found: dict = {}
     if ctx.is_main:
-        titles = f"{'first step':>12}{'later':>7}{'.grad is in':>16}{'gradients, buckets':>20}{'step':>11}"
-        print(f"{'buckets with':24}{titles}")
+        titles = f"{'buckets in steps 1, 2, 3':>26}{'.grad is in':>16}{'gradients, buckets':>20}{'step':>11}"
+        print(f"{'':24}{titles}")
     for name, chosen in OPTIONS.items():
         lab = Lab(args, ctx, **chosen)
         steps = [lab.step() for _ in range(args.steps)]
-        held: list[torch.Tensor] = []
-        lab.recorder.on_buffer = held.append
-        last = lab.backward()
-        assert last
-        grads = [p.grad for p in lab.model.parameters() if p.grad is not None]
-        shared = storage_bytes(held) + storage_bytes(grads) - storage_bytes([*held, *grads])
-        memory_mib, ms = storage_bytes([*held, *grads]) / 2**20, statistics.median(s.end_ms for s in steps[1:])
-        where = "its bucket" if shared == storage_bytes(held) else "its own memory"
-        key = name.removesuffix("_parameters").removesuffix("_as_bucket_view")
-        found |= {
-            f"{key}_buckets_first_step": len(steps[0].buckets), f"{key}_buckets_later": len(last.buckets),
-            f"{key}_gradients_mib": memory_mib, f"{key}_grad_is_bucket": shared == storage_bytes(held), f"{key}_ms": ms,
-        }  # fmt: skip
+        lab.backward()
+        memory_bytes, in_bucket = lab.held()
+        counts = [len(step.buckets) for step in steps[:3]]
+        ms = statistics.median(step.end_ms for step in steps[2:])
+        row = {"buckets": counts, "gradients_mib": memory_bytes / 2**20, "grad_is_bucket": in_bucket, "ms": ms}
+        found |= {f"{name}_{key}": value for key, value in row.items()}
         if ctx.is_main:
-            counts = f"{len(steps[0].buckets):12}{len(last.buckets):7}"
-            print(f"{name:24}{counts}{where:>16}{memory_mib:16.1f} MiB{ms:8.1f} ms", flush=True)
+            where = "its bucket" if in_bucket else "its own memory"
+            told = f"{', '.join(map(str, counts)):>26}{where:>16}{memory_bytes / 2**20:16.1f} MiB{ms:8.1f} ms"
+            print(f"{name:24}{told}", flush=True)
     return found
 
 

@@ -44,7 +44,9 @@ SIZES = ["0.001", "0.25", "1", "2", "4", "8", ONE]  # MiB; the first: each param
 
 def size(text: str) -> str:
     """argparse type: a bucket size in MiB, or `one` for all gradients in one bucket."""
-    return text if text == ONE else f"{script.positive(text):g}"
+    if text != ONE and script.positive(text) < 1e-6:
+        raise argparse.ArgumentTypeError(f"{text} MiB is less than a byte")
+    return text if text == ONE else f"{float(text):g}"
 
 
 def make(args: argparse.Namespace, ctx: dist.Context, mib: str, comm: Comm) -> LibraryDDP:
