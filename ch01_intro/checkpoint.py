@@ -29,8 +29,17 @@ class _Hashing(io.RawIOBase):
         return self.file.write(data)
 
 
-def save(folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """Write folder/step-00000020/{state.pt, meta.json}. The rename is the moment from which the checkpoint exists."""
+class Corrupt(UserError):
+    """A checkpoint is not what was saved."""
+
+
+def save(
+    folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any], *, keep: int = KEEP, spare: str = ""
+) -> Path:
+    """Write folder/step-00000020/{state.pt, meta.json}. The rename is the moment from which the checkpoint exists.
+
+    Then all but the newest `keep` go, and the one named `spare`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -50,9 +59,15 @@ def save(folder: Path, step: int, state: dict[str, Any], settings: dict[str, Any
         _remove(final)
     os.rename(partial, final)
     _sync_folder(folder)
-    for old in every(folder)[:-KEEP]:
-        _remove(old)
+    prune(folder, keep=keep, spare=spare)
     return final
+
+
+def prune(folder: Path, *, keep: int, spare: str = "") -> None:
+    """Remove all but the newest `keep`, and the one named `spare`."""
+    for old in every(folder)[:-keep]:
+        if old.name != spare:
+            _remove(old)
 
 
 def _remove(path: Path) -> None:
@@ -89,7 +104,8 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step and the state of one checkpoint, on the CPU.
 
     Raises:
-        UserError: it is missing, incomplete or corrupt, or was made with other settings.
+        Corrupt: it is incomplete, or not what was saved.
+        UserError: it is missing, or was made with other settings.
     """
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -108,7 +124,8 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
                 )
         return int(meta["step"]), torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path} ({Path(error.filename).name} is missing); check --resume") from None
+        kind = Corrupt if path.is_dir() else UserError
+        raise kind(f"no checkpoint at {path} ({Path(error.filename).name} is missing); check --resume") from None
     except (
         OSError,
         ValueError,
@@ -120,4 +137,4 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         EOFError,
     ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the checkpoint before it") from None
+        raise Corrupt(f"{path} is corrupt ({reason}); remove it to resume from the checkpoint before it") from None

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from common.logs import Metrics, get_logger
 from common.script import UserError, at_least, atomic_write, parser, positive
 
 log = get_logger()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RandomState = dict[str, Any]
 
 
-def training_parser(doc: str | None) -> argparse.ArgumentParser:
-    """The flags of all training scripts. --batch-size is per rank and step."""
+def training_parser(doc: str | None, dtypes: Sequence[str] = ("fp32", "bf16")) -> argparse.ArgumentParser:
+    """The flags of all training scripts. --batch-size is per rank and step.
+
+    fp16 is for those that scale the loss: its gradients would vanish otherwise (chapter 3).
+    """
     made = parser(doc)
     group = made.add_argument_group("training")
     group.add_argument("--preset", default="nano", help=f"{', '.join(lm.PRESETS)}, a model folder, or a hub id")
@@ -40,7 +45,7 @@ def training_parser(doc: str | None) -> argparse.ArgumentParser:
     group.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate")
     group.add_argument("--warmup", type=at_least(0), default=20, help="steps of linear warm-up")
     group.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="of the matrix products; weights fp32"
+        "--dtype", choices=("auto", *dtypes), default="auto", help="of the matrix products; weights fp32"
     )
     group.add_argument("--val-tokens", type=at_least(1), default=32768, help="tokens of held-out text to evaluate on")
     group.add_argument("--out", type=Path, help="keep checkpoints and the trained model there (default: keep neither)")
@@ -196,17 +201,22 @@ def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dic
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, batches: data.ShardedBatches) -> dict[str, Any]:
     """Everything that the next step depends on."""
-    np_state = np.random.get_state(legacy=True)
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "position": batches.position,
-        "rng": {
-            "python": random.getstate(),
-            "numpy": [np_state[0], torch.from_numpy(np_state[1].astype(np.int64)), *np_state[2:]],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
+        "rng": random_state(),
+    }
+
+
+def random_state() -> RandomState:
+    """Where this process's random number generators stand, in types that torch.load takes with weights_only."""
+    np_state = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [np_state[0], torch.from_numpy(np_state[1].astype(np.int64)), *np_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
@@ -216,7 +226,10 @@ def restore_state(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     batches.position = state["position"]
-    rng = state["rng"]
+    restore_random_state(state["rng"])
+
+
+def restore_random_state(rng: RandomState) -> None:
     version, numbers, gauss = rng["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = rng["numpy"]

@@ -143,6 +143,10 @@ class Problem:
     def loss_sum(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return models.loss_sum(model(inputs), targets)
 
+    def token_count(self, micro_batches: list[Batch]) -> int:
+        """What the sum of losses is divided by."""
+        return token_count(micro_batches)
+
     def steps(self, case: Case) -> Iterator[list[Batch]]:
         """The micro-batches of each step, those of the whole job."""
         generator = torch.Generator().manual_seed(1)
@@ -173,7 +177,7 @@ def reference(problem: Problem, case: Case, device: torch.device) -> Reference:
     losses, gradients = [], []
     for micro_batches in problem.steps(case):
         inputs, targets = (torch.cat(parts).to(device) for parts in zip(*micro_batches, strict=True))
-        loss = problem.loss_sum(model, inputs, targets) / token_count(micro_batches)
+        loss = problem.loss_sum(model, inputs, targets) / problem.token_count(micro_batches)
         loss.backward()
         losses.append(loss.item())
         gradients.append({name: p.grad.clone() for name, p in trainable(model)})
