@@ -55,9 +55,16 @@ class Preemption:
 
 
 def requeue() -> bool:
-    """Ask Slurm to start this job again, from a job that saved. Whether there was a Slurm to ask."""
+    """Ask Slurm to start this job again, from a job that saved. Whether it was asked and will.
+
+    Only a job that still counts as running: one that somebody cancels gets the same SIGTERM, and would come back.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if not job or not shutil.which("scontrol"):
+        return False
+    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    if state.stdout.strip() != "RUNNING":
+        log.info(f"job {job} is being cancelled, or requeued by Slurm itself", state=state.stdout.strip())
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:

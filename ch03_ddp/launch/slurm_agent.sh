@@ -18,7 +18,6 @@ trap 'tell_the_ranks TERM' TERM
 
 (
     trap '' USR1 TERM
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
     # env: an ignored signal is ignored by children too. A rank that does not handle TERM shall end of it.
     exec torchrun \
         --nnodes="$SLURM_STEP_NUM_NODES" \
@@ -28,6 +27,7 @@ trap 'tell_the_ranks TERM' TERM
         --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
         --local-addr="$SLURMD_NODENAME" \
         --max-restarts="${MAX_RESTARTS:-0}" \
+        --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
         --no-python env --default-signal=TERM python -u "$@"
 ) &
 agent=$!
