@@ -1,18 +1,19 @@
 """A real Slurm of two nodes on one machine, for one command: submit, preempt, requeue, and nothing is left of it.
 
-You learn   what sbatch and srun do with a launch file, what a job is told before it is preempted, and what a requeue is,
-            on a cluster where nobody waits in a queue and nothing can be broken
+You learn   what sbatch and srun do with a launch file, what a job is told before it is preempted, and what a requeue
+            is, on a cluster where nobody waits in a queue and nothing can be broken
 Laptop      python -m ch03_ddp.slurm_cluster
 Two nodes   python -m ch03_ddp.slurm_cluster -- srun --nodes=2 hostname
-A job       python -m ch03_ddp.slurm_cluster -- sbatch ch03_ddp/launch/train.sbatch ch01_intro/train_baseline.py --steps 8
+A job       python -m ch03_ddp.slurm_cluster -- sbatch ch03_ddp/launch/train.sbatch ch03_ddp/train_ddp.py --steps 20
 By hand     python -m ch03_ddp.slurm_cluster -- bash -c 'sinfo; squeue; scontrol show nodes'
 Cluster     there is one already: the part behind the -- as it is
 You see     without a COMMAND: the nodes and how long they took. With one: its output and that of the jobs it submitted,
             and on stderr each change of a job's state. The exit code is the command's, or 1 if a job failed.
 
 It stands on chapter 2's virtual cluster: each node is a virtual host, with a slurmd, a name, an address and a link of
-its own; host0 also runs slurmctld and munged. Two partitions: `batch`, and `urgent`, whose jobs take the nodes away from
-batch's: SIGTERM, GraceTime to save, back into the queue. Jobs write into the run folder. slurm_node.py runs inside.
+its own; host0 also runs slurmctld and munged. Two partitions: `batch`, and `urgent`, whose jobs take the nodes away
+from batch's: SIGTERM, GraceTime to save, back into the queue. A job's output is also a file in the run folder.
+slurm_node.py is what runs inside.
 """
 
 from __future__ import annotations

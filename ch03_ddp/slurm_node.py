@@ -25,7 +25,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "srun", "sbatch")
 HOME = Path("/etc/slurm")
 FIFO = HOME / "up"
 START_S = 60  # for the daemons; they take two seconds
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE"}
+RUNS_ON = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "SIGNALING"}
 CONFIG = """\
 ClusterName=virtual
 SlurmctldHost=host0
@@ -45,6 +45,7 @@ TaskPlugin=task/none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=10
+MinJobAge=86400
 MessageTimeout=30
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -76,7 +77,7 @@ def main() -> NoReturn:
 
 
 def become_ourselves() -> None:
-    """Where we are root in a user namespace only, go on under our own id: a root that may not set groups fails Slurm."""
+    """Go on under our own id where we are root in a user namespace only: Slurm wants a root that may set groups."""
     user, group = (Path(f"/proc/self/{kind}_map").read_text().split() for kind in ("uid", "gid"))
     if (user[0], user[2]) == ("0", "1") and user[1] != "0":  # 0 is the one id that there is; outside it is `user[1]`
         again = [sys.executable, "-c", "from ch03_ddp import slurm_node; slurm_node.main()", sys.argv[1]]
@@ -162,11 +163,12 @@ def said(*command: str) -> str:
 
 
 def follow_jobs(daemons: Sequence[Daemon]) -> list[str]:
-    """Show the output of all jobs as it comes, and each change of state, until none is left. Returns their last states."""
+    """Show the output of all jobs as it comes, and each change of state, until all have ended. Returns their states."""
     seen: dict[str, Job] = {}
     shown: dict[Path, int] = {}
     while True:
-        jobs = [Job.parse(line) for line in said("scontrol", "show", "jobs", "-o").splitlines() if "JobId=" in line]
+        answer = said("scontrol", "show", "jobs", "-o")  # "" if there is none; "No jobs in the system" is one
+        jobs = [Job.parse(line) for line in answer.splitlines() if line.startswith("JobId=")]
         for job in jobs:  # the state was read before the output: of a job that has ended, all is there
             if job.output.is_file():
                 with job.output.open("rb") as file:
@@ -176,9 +178,10 @@ def follow_jobs(daemons: Sequence[Daemon]) -> list[str]:
                     shown[job.output] = file.tell()
             if seen.get(job.id) != job:
                 why = f" ({job.reason})" if job.reason != "None" else ""
-                print(f"job {job.id} {job.name}: {job.state}{why}, restarts {job.restarts}", file=sys.stderr, flush=True)
+                line = f"job {job.id} {job.name}: {job.state}{why}, restarts {job.restarts}"
+                print(line, file=sys.stderr, flush=True)
                 seen[job.id] = job
-        if all(job.state in ENDED for job in jobs):
+        if answer and not any(job.state in RUNS_ON for job in jobs):
             return [job.state for job in jobs]
         for daemon in daemons:
             daemon.check()
