@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,38 +34,40 @@ class Preemption:
     """
 
     def __init__(self, signals: Sequence[signal.Signals], ctx: Context) -> None:
-        self.ctx, self.caught = ctx, False
+        self.ctx, self.caught = ctx, 0  # the signal's number
         self.watched = bool(signals)
         for number in signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.caught = True
+        self.caught = number
 
     def ask(self) -> None:
         if self.watched:
-            self._anybody = torch.tensor([int(self.caught)])
+            self._anybody = torch.tensor([self.caught])
             self._handle = torch.distributed.all_reduce(self._anybody, torch.distributed.ReduceOp.MAX, async_op=True)
 
-    def answer(self) -> bool:
-        """Whether to save and leave now."""
+    def answer(self) -> signal.Signals | None:
+        """The signal on which to save and leave now, the same on all ranks; None to go on."""
         if not self.watched:
-            return False
+            return None
         self._handle.wait()
-        return bool(self._anybody)
+        return signal.Signals(int(self._anybody)) if self._anybody else None
 
 
-def requeue() -> bool:
-    """Ask Slurm to start this job again, from a job that saved. Whether it was asked and will.
+def requeue(caught: signal.Signals) -> bool:
+    """Ask Slurm to start this job again, now that it has saved. Whether it did.
 
-    Only a job that still counts as running: one that somebody cancels gets the same SIGTERM, and would come back.
+    A preempted job that leaves by itself within its GraceTime counts as completed: it must ask. SIGTERM without
+    preemption needs no asking (scancel means it, torchrun sends it when a node joins), and a job that does not count as
+    running any more is cancelled, or on its way back already.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if not job or not shutil.which("scontrol"):
         return False
-    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
-    if state.stdout.strip() != "RUNNING":
-        log.info(f"job {job} is being cancelled, or requeued by Slurm itself", state=state.stdout.strip())
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60).stdout
+    preempted = re.search(r"PreemptTime=\d", shown)
+    if "JobState=RUNNING" not in shown or (caught == signal.SIGTERM and not preempted):
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:

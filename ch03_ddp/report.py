@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,16 @@ class Report:
         profiling.reset_peak_memory(ctx.device)
 
     def _open_samples(self) -> Metrics:
+        """A file a rank. What earlier runs noted of steps that come again goes first, whatever ranks they had."""
         folder = self.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        return Metrics(folder / f"{time.time_ns()}-rank{self.ctx.rank}.jsonl")
+        if self.ctx.is_main:
+            for path in folder.glob("*.jsonl"):
+                kept = [row for row in Metrics.read(path) if row["step"] <= self.first]
+                with script.atomic_write(path) as file:
+                    file.writelines(json.dumps(row) + "\n" for row in kept)
+        self.ctx.barrier("samples")
+        return Metrics(folder / f"rank{self.ctx.rank}.jsonl")
 
     def step(self, number: int, loss_part: torch.Tensor, lr: float, batch: StepBatch) -> None:
         """Note a finished step; every --log-every of them are read, written and shown.
@@ -51,7 +59,7 @@ class Report:
         self.timer.end_step()
         self.pending.append((number, loss_part, lr, batch.tokens))
         if self.samples:
-            self.samples.write(step=number, since=self.first, sequences=batch.indices.tolist())
+            self.samples.write(step=number, sequences=batch.indices.tolist())
         if number % self.args.log_every == 0 or number == self.args.steps:
             self.flush()
 

@@ -77,7 +77,8 @@ class Plain(Strategy):
         self.ddp = step.wrap(
             model, bucket_mib=self.bucket_mib, bucket_view=self.bucket_view, static_graph=self.static_graph
         )
-        hooks.register(self.ddp, self.hook)
+        if comm.size > 1:
+            hooks.register(self.ddp, self.hook)
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         mine = [share(batch, self.comm.rank, self.comm.size) for batch in micro_batches]

@@ -119,12 +119,13 @@ def main(argv: list[str] | None = None) -> dict:
         ddp = step.wrap(
             model, bucket_mib=args.bucket_mib, static_graph=args.static_graph, bucket_view=not args.no_bucket_view
         )
-        hooks.register(ddp, args.hook)
+        if ctx.world_size > 1:
+            hooks.register(ddp, args.hook)
         feed = open_feed(args, corpus, ctx, state.get("position", 0))
         report = Report(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)
 
-        leave = False
+        leave = None
         for number in range(first + 1, args.steps + 1):
             lr = training.learning_rate(number - 1, args.steps, args.lr, args.warmup)
             for group in parts.optimizer.param_groups:
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
             report.step(number, loss, lr, batch)
 
             leave = preempted.answer()
-            last = leave or number == args.steps
+            last = bool(leave) or number == args.steps
             validated = args.val_every and number % args.val_every == 0 and not last
             val_loss = report.validate(model, number) if validated else None
             due = args.save_every and number % args.save_every == 0
@@ -155,9 +156,9 @@ def main(argv: list[str] | None = None) -> dict:
                 break
 
         keeper.wait()
-        result = report.finish(model, preempted=leave)
+        result = report.finish(model, preempted=bool(leave))
         if ctx.is_main and leave:
-            result["requeued"] = preemption.requeue()
+            result["requeued"] = preemption.requeue(leave)
         ctx.barrier("report written")
         return result
 

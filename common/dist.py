@@ -34,6 +34,8 @@ log = get_logger()
 STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
 _closed: list[Any] = []  # process groups of sessions that are over, see _leave
 FAILED = "failed"  # key under which a rank that leaves with an error says so: the others need not wait for it
+LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset) by peer|ncclRemoteError|ncclSystemError")
+LOST_HINT = "that rank ended or the network failed: look at the log of the first that did"
 NETWORK_HINT = (
     "check that every node was started, that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable "
     "(firewall), that all nodes agree on the world size, and the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
@@ -271,6 +273,11 @@ def session(
     try:
         yield ctx
         failed = False
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        what = " ".join(str(error).split())[:160]
+        raise UserError(f"rank {launch.rank} lost another rank in a collective ({what}); {LOST_HINT}") from error
     finally:
         _leave(ctx, failed)
 
@@ -305,8 +312,10 @@ def join(launch: Launch, timeout_s: float) -> Store:
         raise UserError(
             f"rank {launch.rank} cannot reach rank 0 at {where} in {timeout_s:g} s; {NETWORK_HINT}"
         ) from error
-    # A restarted worker group shares the agent's store with its predecessor: keep their keys apart.
-    prefix = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_next_session()}"
+    # A restarted worker group shares the agent's store with its predecessor: keep their keys apart. Each agent counts
+    # the restarts that it has seen, so a node that comes late needs a store that goes with the workers (elastic.py).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_has_store() else "0"
+    prefix = f"attempt{attempt}/{_next_session()}"
     store = PrefixStore(prefix, _stores[launch.address, launch.port])
     store.set_timeout(timedelta(seconds=timeout_s))
     try:
