@@ -2,7 +2,8 @@
 
 You learn   what a launcher does besides starting things: same folder and environment everywhere, one place for the
             output, and an end: a host that fails, Ctrl-C, a limit of time, and a launcher that is itself killed
-Laptop      python -m ch03_ddp.ssh_launch --hosts localhost -- ch03_ddp/train_ddp.py --steps 20
+Laptop      python -m ch03_ddp.ssh_launch --ssh local --hosts one,two --ranks 1 -- ch03_ddp/train_ddp.py --steps 20
+            (without ssh: both hosts are this one)
 Cluster     python -m ch03_ddp.ssh_launch --hosts node1,node2 --ranks 8 -- ch03_ddp/train_ddp.py --preset small
             Before: keys that let you in without a password, this repository and its .venv at the same path everywhere,
             --port of the first host open to the others. Check first: the same with ch03_ddp/preflight.py.
@@ -69,7 +70,7 @@ def node() -> NoReturn:
 
 def torchrun(rank: int, hosts: Sequence[str], args: argparse.Namespace, command: Sequence[str]) -> list[str]:
     """One host's command. The first host is node 0, and the others find it by its name."""
-    address = args.master_addr or hosts[0].rpartition("@")[2]
+    address = args.master_addr or ("127.0.0.1" if args.ssh == "local" else hosts[0].rpartition("@")[2])
     sizes = [f"--nnodes={len(hosts)}", f"--node-rank={rank}", f"--nproc-per-node={args.ranks}"]
     meet = [f"--master-addr={address}", f"--master-port={args.port}"]
     return [args.python, "-m", "torch.distributed.run", *sizes, *meet, *command]
@@ -81,7 +82,7 @@ def connect(rank: int, hosts: Sequence[str], args: argparse.Namespace, command: 
     env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     env |= dict(pair.partition("=")[::2] for pair in args.env)
     ssh = subprocess.Popen(
-        [*shlex.split(args.ssh), hosts[rank], start],
+        ["sh", "-c", start] if args.ssh == "local" else [*shlex.split(args.ssh), hosts[rank], start],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -170,7 +171,7 @@ def check(hosts: Sequence[str], args: argparse.Namespace, command: Sequence[str]
         raise script.UserError("no SCRIPT; write it and its flags behind --")
     if command[0] != "-m" and not (process.ROOT / command[0]).is_file():
         raise script.UserError(f"there is no script {command[0]}; paths start at the repository's root")
-    if not shutil.which(shlex.split(args.ssh)[0]):
+    if args.ssh != "local" and not shutil.which(shlex.split(args.ssh)[0]):
         raise script.UserError(f"there is no {shlex.split(args.ssh)[0]} here; install it, or pass --ssh COMMAND")
     if wrong := [pair for pair in args.env if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL)]:
         raise script.UserError(f"--env {wrong[0]!r} is not NAME=VALUE; write it so")
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--master-addr", help="how the others find the first host (default: as it is in --hosts)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="besides NCCL_*, GLOO_*, ...")
     parser.add_argument("--python", default=sys.executable, help="on the hosts (default: this one's path)")
-    parser.add_argument("--ssh", default=SSH, help="COMMAND that runs another one on a host: COMMAND HOST 'SHELL LINE'")
+    parser.add_argument("--ssh", default=SSH, help="COMMAND that runs another one: COMMAND HOST 'SHELL LINE'; or local")
     parser.add_argument("--timeout-s", type=script.positive, default=24 * 3600)
     args = parser.parse_args(words[:end])
     if args.ranks != "auto" and not re.fullmatch(r"[1-9]\d*", args.ranks):
