@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ch01_intro import training
@@ -113,11 +114,12 @@ def start(
 
 def loss_differences(found: list[Measured]) -> dict[str, float]:
     """By exact rung: the largest difference of its losses from those of the rung before, over the first steps."""
-    return {
-        now.rung.name: max(abs(a - b) for a, b in zip(now.losses[:COMPARED], before.losses[:COMPARED], strict=True))
-        for before, now in pairwise(found)
-        if now.rung.effect == "exact"
-    }
+    differences = {}
+    for before, now in pairwise(found):
+        if now.rung.effect == "exact":
+            apart = np.subtract(now.losses[:COMPARED], before.losses[:COMPARED])
+            differences[now.rung.name] = float(np.abs(apart).max())  # NaN stays NaN
+    return differences
 
 
 def check_losses(found: list[Measured], result: dict[str, Any]) -> None:
@@ -137,7 +139,7 @@ def summary(found: list[Measured], args: argparse.Namespace, ctx: dist.Context) 
         "world_size": ctx.world_size,
         "rungs": len(found),
         "top_over_baseline": found[-1].over(found[0])[1],
-        "largest_loss_difference": max(differences.values(), default=0.0),
+        "largest_loss_difference": float(np.max([0.0, *differences.values()])),
         "does_not_pay": [now.rung.name for before, now in pairwise(found) if now.over(before)[1] < 1],
         "memory_source": "cuda allocator" if ctx.device.type == "cuda" else "torch.profiler's memory events",
     }  # fmt: skip
