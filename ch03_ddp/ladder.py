@@ -17,10 +17,13 @@ slows all of them. A factor is the median over the rounds, of two rungs in the s
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,21 +83,23 @@ def measure(rungs: list[Rung], args: argparse.Namespace, ctx: dist.Context, run:
         order = random.Random(args.seed)  # the same on all ranks
         for _ in range(args.rounds):
             for trainee, measured in order.sample(alive, len(alive)):
-
-                def some_steps(trainee: Trainee = trainee) -> None:
-                    for _ in range(args.steps):
-                        trainee.step()
-
-                measured.step_ms.append(timed_ms(some_steps, ctx.device) / args.steps)
+                spent_ms = timed_ms(partial(repeat, trainee.step, args.steps), ctx.device)
+                measured.step_ms.append(spent_ms / args.steps)
                 progress.update(sum(len(m.step_ms) for m in done) + sum(len(m.step_ms) for _, m in alive))
         for trainee, measured in alive:
             measured.losses = trainee.all_losses()
             trainee.close()
             done.append(measured)
         del alive, trainee
+        gc.collect()  # a DDP model is part of a cycle
         if ctx.device.type == "cuda":
             torch.cuda.empty_cache()
     return done
+
+
+def repeat(action: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        action()
 
 
 def start(

@@ -75,7 +75,7 @@ def highest(events: list[dict[str, Any]]) -> int:
 def split(events: list[dict[str, Any]], *, on_gpu: bool) -> tuple[dict[str, float], float]:
     """Milliseconds a step by kind, and of all communication, hidden or not."""
     timed = [e for e in events if e.get("ph") == "X"]
-    steps = [e for e in timed if e["name"] == STEP and e["cat"] == "user_annotation"]
+    steps = [e for e in timed if e["name"] == STEP and e.get("cat") == "user_annotation"]
     spans: dict[str, list[Span]] = {kind: [] for kind in KINDS}
     spans["step"] = [span(e) for e in steps]
     for event in timed:
@@ -116,7 +116,7 @@ def cpu_kind(event: dict[str, Any], thread: int) -> str | None:
         return None
     if name == OPTIMIZER:
         return "optimizer"
-    if event["cat"] != "cpu_op":
+    if event.get("cat") != "cpu_op":
         return None
     if ATTENTION.search(name):
         return "attention"
