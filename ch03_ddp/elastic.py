@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ch03_ddp.survive import Job
+from ch03_ddp.survive import Job, choose_device
 from common import ranks, script
 from common.logs import get_logger
 from common.process import Child
@@ -45,6 +45,9 @@ class Nodes:
         size = ["--nnodes", "1:2", "--nproc-per-node", str(self.args.ranks_a_node), "--max-restarts", "5"]
         training = self.job.command(1, ())[3:]  # without torchrun's own words
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        if self.args.device != "cpu":  # each node its own GPUs
+            first = "ab".index(name) * self.args.ranks_a_node
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + self.args.ranks_a_node)))
         self.up[name] = Child(["torchrun", *size, *meet, "--monitor-interval", "0.5", *training], env=env)
 
     def meeting_point_open(self) -> bool:
@@ -91,6 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.dropout, args.dtype = 0.0, "fp32"  # so that the losses can be compared over numbers of ranks
     both, one = 2 * args.ranks_a_node, args.ranks_a_node
+    choose_device(args, both)
     run = script.start(__file__, args)
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     try:

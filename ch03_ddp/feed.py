@@ -50,7 +50,7 @@ class Documents:
                 for at in range(start, stop, seq_len)
             ],
             dtype=np.int64,
-        )
+        ).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.rows)

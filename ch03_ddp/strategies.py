@@ -68,7 +68,9 @@ class Plain(Strategy):
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         super().__init__(model, comm, make_optimizer)
         if self.compiled:
-            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else the rest would silently run uncompiled
+            # The many cases of a matrix ask for many variants; beyond the limit the rest would silently run uncompiled.
+            torch._dynamo.config.recompile_limit = 100
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             step.compile_layers(model)
         device = next(model.parameters()).device
         # As for float16, with the factor that the gradients have to lose again, but in the case's own precision.
@@ -77,7 +79,8 @@ class Plain(Strategy):
         self.ddp = step.wrap(
             model, bucket_mib=self.bucket_mib, bucket_view=self.bucket_view, static_graph=self.static_graph
         )
-        hooks.register(self.ddp, self.hook)
+        if comm.size > 1:
+            hooks.register(self.ddp, self.hook)
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         mine = [share(batch, self.comm.rank, self.comm.size) for batch in micro_batches]

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ch01_intro import checkpoint
 from common import script
+from common.exercises import gpu_count
 from common.logs import Metrics, get_logger
 from common.process import Child, Finished
 
@@ -128,6 +129,12 @@ def spoil(path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
+def choose_device(args: argparse.Namespace, ranks: int) -> None:
+    """GPUs only where there is one for each rank: a laptop's one GPU cannot be two devices, its cores can."""
+    if args.device == "auto" and gpu_count() < ranks:
+        args.device = "cpu"
+
+
 def kill_often(job: Job, alone: Job, args: argparse.Namespace) -> dict:
     """Kills at random steps, one in a save, one spoilt checkpoint; then to the end, held against `alone`."""
     moments = sorted(random.Random(args.seed).sample(range(2, args.steps - 1), args.kills))
@@ -183,6 +190,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.steps < args.kills + 2 * args.save_every + 3:
         raise script.UserError(f"{args.steps} steps leave no room for {args.kills} kills; raise --steps")
+    choose_device(args, max(args.ranks, *args.other_ranks))
     run = script.start(__file__, args)
     folder = Path(tempfile.mkdtemp(prefix="survive-"))
     try:

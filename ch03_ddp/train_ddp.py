@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> dict:
         ddp = step.wrap(
             model, bucket_mib=args.bucket_mib, static_graph=args.static_graph, bucket_view=not args.no_bucket_view
         )
-        hooks.register(ddp, args.hook)
+        if ctx.world_size > 1:
+            hooks.register(ddp, args.hook)
         feed = open_feed(args, corpus, ctx, state.get("position", 0))
         report = Report(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)

@@ -27,6 +27,7 @@ from common.script import UserError
 
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["common.dist", "torch._dynamo"])  # one list for all uses; it may be set anew before
+CONSEQUENCE = re.compile("left with an error|lost another rank")  # not the cause
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
 
@@ -144,11 +145,13 @@ def values(ranks: Sequence[Rank]) -> list[Any]:
     said = [
         line for rank in ranks for line in re.findall(r"^common\.script\.UserError: (.*)", rank.stderr, re.MULTILINE)
     ]
-    if said:  # the cause, rather than that another rank left
-        raise UserError(min(said, key=lambda line: "left with an error" in line))
+    if causes := [line for line in said if not CONSEQUENCE.search(line)]:
+        raise UserError(causes[0])
     for number, rank in enumerate(ranks):
         if rank.timed_out:
             raise RuntimeError(f"rank {number} was stopped after {rank.seconds:.0f} s\n{rank.stderr[-4000:]}")
-        if rank.returncode:
+        if rank.returncode and not CONSEQUENCE.search(rank.stderr[-1000:]):
             raise RuntimeError(f"rank {number} ended with {rank.returncode}\n{rank.stderr[-4000:]}")
+    if said:
+        raise UserError(said[0])
     return [rank.value for rank in ranks]

@@ -1,0 +1,83 @@
+"""Killed, spoilt, on other ranks, without a node and with it again: the scripts' own verdicts, and what they rest on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ch01_intro import checkpoint
+from ch03_ddp import elastic, survive
+from common import process
+from common.logs import Metrics
+
+
+def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -> None:
+    done = process.run("python ch03_ddp/survive.py --seq-len 32 --seed 4", timeout_s=280)
+    assert done.result is not None, done.stderr
+    result = done.result
+    assert result["kills"] == 6
+    assert result["killed_in_a_save"]
+    assert result["spoilt_checkpoint_named"]
+    assert result["resumed_before_the_spoilt"]
+    assert result["losses_equal"]
+    assert result["weights_equal"]
+    assert result["sequences_equal"]
+    assert result["sequences_equal_other_ranks"]
+    assert result["largest_loss_difference_other_ranks"] < 1e-4
+
+
+def test_a_node_is_lost_and_comes_back() -> None:
+    done = process.run("python ch03_ddp/elastic.py --steps 45 --seq-len 32", timeout_s=280)
+    assert done.result is not None, done.stderr
+    result = done.result
+    assert result["steps_on_one_node"] >= 10
+    assert result["steps_on_two_nodes"] >= 15
+    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 45
+    assert result["ranks_at_the_end"] == 2
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["sequences_equal"]
+
+
+def test_a_lost_or_repeated_sequence_would_be_seen(tmp_path: Path) -> None:
+    job = survive.Job(tmp_path, SimpleNamespace())
+    (tmp_path / "samples").mkdir()
+    rows = [Metrics(tmp_path / f"samples/rank{rank}.jsonl") for rank in range(2)]
+    rows[0].write(step=1, sequences=[4, 5])
+    rows[1].write(step=1, sequences=[6, 5])
+    rows[0].write(step=2, sequences=[1])
+    assert job.samples() == {1: Counter({5: 2, 4: 1, 6: 1}), 2: Counter({1: 1})}
+    assert job.ranks_by_step() == {1: 2, 2: 1}
+    assert job.newest_ranks() == 1
+
+
+def test_spoil_changes_one_bit_that_the_hash_sees(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"a": [1, 2, 3]}, {})
+    before = (path / "state.pt").read_bytes()
+    survive.spoil(path / "state.pt")
+    after = (path / "state.pt").read_bytes()
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    with pytest.raises(checkpoint.Corrupt):
+        checkpoint.load(path, {})
+
+
+def test_the_story_of_the_ranks() -> None:
+    assert elastic.story({1: 2, 2: 2, 3: 1, 4: 2}) == "steps 1-2 on 2, 3-3 on 1, 4-4 on 2 ranks"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("ch03_ddp/survive.py --steps 10", "leave no room"),
+        ("ch03_ddp/survive.py --ranks 1", "below 2"),
+        ("ch03_ddp/survive.py --other-ranks 1,x", "not a whole number"),
+        ("ch03_ddp/elastic.py --steps 3", "below 20"),
+    ],
+)
+def test_a_mistake_is_one_line(command: str, says: str) -> None:
+    done = process.run(f"python {command}", timeout_s=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
