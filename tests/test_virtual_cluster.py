@@ -377,7 +377,9 @@ def namespaces(pids: list[int] | None = None) -> set[str]:
     return found
 
 
+CALLER = "from ch02_hardware_parallelism import virtual_cluster as vc; vc.run(['sleep', '600'], launch='command')"
 PARTS = {  # in the order in which they come: how their command lines begin
+    "caller": r"\S+ -c from ch02_hardware_parallelism import virtual_cluster",
     "cli": r"\S+ -m ch02_hardware_parallelism.virtual_cluster ",
     "trial": r"unshare .* sh -c mount ",
     "unshare": r"unshare .*virtual_hosts",
@@ -393,12 +395,15 @@ def part(mark: str, name: str) -> int | None:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+def started(tmp_path: Path, victim: str) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    command = (
+        [sys.executable, "-c", CALLER] if victim == "caller" else [*CLI, "--launch", "command", "--", "sleep", "600"]
+    )
     mark = f"VIRTUAL_CLUSTER_TEST_{os.getpid()}_{next(_marks)}"
     env = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
     said = tmp_path / "stderr"
     with said.open("wb") as file:
-        child = subprocess.Popen([*CLI, "--launch", "command", "--", "sleep", "600"], cwd=ROOT, env=env, stderr=file)
+        child = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
     yield child, mark, said
     for pid in living(mark):
         os.kill(pid, signal.SIGKILL)
@@ -409,6 +414,9 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path
 @pytest.mark.parametrize(
     ("when", "victim", "by", "code"),
     [
+        ("cli", "caller", "KILL", -9),
+        ("switch", "caller", "KILL", -9),
+        ("command", "caller", "KILL", -9),
         ("cli", "cli", "KILL", -9),
         ("trial", "cli", "KILL", -9),
         ("unshare", "cli", "KILL", -9),
