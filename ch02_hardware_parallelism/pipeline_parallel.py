@@ -49,6 +49,7 @@ class GPipe(Strategy):
 
     kind = "gpipe"
     chunks = 4
+    wire_bytes = staticmethod(wire_bytes)
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         self.stage, self.stages = comm.rank, comm.size

@@ -28,12 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ch02_hardware_parallelism.virtual_hosts import MESSAGE, MOUNTS, Cluster, address, described, nic_bytes
+from ch02_hardware_parallelism.virtual_hosts import MOUNTS, Cluster, address, described, nic_bytes
+from ch02_hardware_parallelism.virtual_links import MESSAGE
 from common import process, script
 
 __all__ = ["Cluster", "check_here", "described", "main", "nic_bytes", "parse_rate", "plan", "run", "why_not"]
 
-INSIDE = "from ch02_hardware_parallelism import virtual_hosts as hosts; hosts."
+INSIDE = "from ch02_hardware_parallelism import virtual_hosts, virtual_links; "
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL")
 TRIAL = """ && ip link add rack0 type bridge && ip link add port0 type veth peer name eth0 \
 && tc qdisc add dev port0 root tbf rate 1gbit burst 20kb limit 1mb && unshare --net --uts true"""
@@ -135,7 +136,7 @@ def bring_up(
     the kernel then kills all that it has started. Its last word there is the exit code.
     """
     plan = {"cluster": asdict(cluster), "launch": launch, "command": list(command), "on": on}
-    inside = [*unshare(), sys.executable, "-c", INSIDE + "switch()", json.dumps(plan)]
+    inside = [*unshare(), sys.executable, "-c", INSIDE + "virtual_hosts.switch()", json.dumps(plan)]
     ours, theirs = socket.socketpair()
     try:
         switch = subprocess.Popen(
@@ -237,7 +238,7 @@ def mbit(bytes_per_s: float) -> str:
 def check(cluster: Cluster, timeout_s: float) -> dict:
     """Bring it up, and hold what TCP gets between host0 and others against their links."""
     print(draw(cluster), flush=True)
-    command = [sys.executable, "-c", INSIDE + "measure()"]
+    command = [sys.executable, "-c", INSIDE + "virtual_links.measure()"]
     code, out = bring_up(cluster, "command", command, on=None, timeout_s=timeout_s, capture=True)
     if code:
         raise SystemExit(code)

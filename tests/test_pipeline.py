@@ -93,13 +93,6 @@ def test_the_bubble_of_a_recorded_timeline_and_its_picture(tmp_path: Path) -> No
 # ---------------------------------------------------------------- parity and bytes
 
 
-def expected_bytes(outcome: Outcome) -> int:
-    case, problem = outcome.case, Problem()
-    step = list(problem.steps(case))[-1]
-    stages, replicas = (2, case.ranks // 2) if outcome.strategy == "pipeline-x-data" else (case.ranks, 1)
-    return wire_bytes(problem.build(case), step, stages, replicas)
-
-
 def assert_parity(outcomes: list[Outcome]) -> None:
     assert all(outcome.ok for outcome in outcomes), [(o.strategy, o.case, o.diagnosis()) for o in outcomes if not o.ok]
 
@@ -118,7 +111,7 @@ def test_gradients_are_those_of_one_process_and_every_byte_is_accounted_for(rank
     assert_parity(outcomes)
     for outcome in outcomes:
         if outcome.case.by_hand:
-            assert outcome.wire_bytes == expected_bytes(outcome), outcome
+            assert outcome.bytes_exact, outcome
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
