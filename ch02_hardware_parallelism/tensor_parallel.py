@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> dict:
     if logs.env_rank() == 0:
         mine, all_of_them = result["parameters_per_rank"], result["parameters"]
         print(f"parameters a rank: {mine:,} of {all_of_them:,} ({mine / all_of_them:.1%})")
-        print(f"a step: {result['step_ms']:.1f} ms; peak memory of rank 0: {result['peak_mem_gib']:.2f} GiB")
+        peak = result["peak_mem_gib"]
+        print(f"a step: {result['step_ms']:.1f} ms" + (f"; peak memory of rank 0: {peak:.2f} GiB" if peak else ""))
     return result
 
 

@@ -155,6 +155,7 @@ def train_beside_one_process(
             "wire_bytes_formula": wanted_bytes,
             "wire_bytes_per_step": counted if args.by_hand else None,
             "step_ms": statistics.median(times_ms),
-            "peak_mem_gib": profiling.memory(ctx.device).peak_gib,
+            # On a CPU it would be the whole process's, with torch and the steps of one process in it.
+            "peak_mem_gib": profiling.memory(ctx.device).peak_gib if ctx.device.type == "cuda" else None,
             **further,
         }

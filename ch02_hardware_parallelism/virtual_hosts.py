@@ -28,9 +28,9 @@ MTU = 9000  # jumbo frames, as in real clusters: fewer packets for two cores to 
 QUEUE = 64 * 2**20  # bytes that may wait at a port: more than TCP lets out of its windows, so that nothing is dropped
 GRACE_S = 3  # for the other hosts, when one has failed: they may have something to say about it
 
-# The mount namespace's own /proc, where that is allowed, and its own /etc/hosts, from a tmpfs: no file is left.
+# The mount namespace's own /proc, where that is allowed, and $1 as its /etc/hosts, from a tmpfs: no file is left.
 MOUNTS = """mount -t proc proc /proc 2>/dev/null
-mount -t tmpfs tmpfs /tmp && cat >/tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp"""
+mount -t tmpfs tmpfs /tmp && printf '%s' "$1" >/tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp"""
 HOLDER = (
     "import os, socket, sys; socket.sethostname(sys.argv[1]); print(os.readlink('/proc/self'), flush=True); "
     "sys.stdin.read()"
@@ -86,7 +86,7 @@ def address(host: int) -> str:
 # ---------------------------------------------------------------- the network
 
 
-def do(command: Sequence[str], text: str) -> None:
+def do(command: Sequence[str], text: str = "") -> None:
     """Run one of the system's tools with `text` as its input.
 
     Raises:
@@ -134,7 +134,7 @@ def build(cluster: Cluster) -> list[Host]:
     """Make the hosts, plug them in, shape the links."""
     # Twice: torch looks for the name of an IPv4 peer in its IPv6 form too, and warns when there is none.
     names = "".join(f"{v6}{address(host)} host{host}\n" for v6 in ("", "::ffff:") for host in range(cluster.hosts))
-    do(["sh", "-c", MOUNTS], "127.0.0.1 localhost\n::1 localhost\n" + names)
+    do(["sh", "-c", MOUNTS, "sh", "127.0.0.1 localhost\n::1 localhost\n" + names])
     hosts = [Host.make(f"host{host}") for host in range(cluster.hosts)]
     bridges = [f"rack{rack}" for rack in range(cluster.racks)] + ["spine"] * (cluster.racks > 1)
     links = [line for name in bridges for line in (f"link add {name} type bridge", f"link set {name} up")]

@@ -318,6 +318,7 @@ def test_what_a_loss_curve_tells() -> None:
         (["--device", "cuda"], "the museum trains on CPU ranks"),
         (["--batch-size", "3"], "--batch-size 3 is less than the bugs need; take 4 or more"),
         (["--by-hand"], "--by-hand"),
+        (["--steps", "29"], "--steps 29 is no loss curve to judge by; take 30 or more"),
         (["--bug", "nonsense"], "no bug 'nonsense'"),
     ],
 )

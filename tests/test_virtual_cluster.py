@@ -112,13 +112,30 @@ def test_a_mistake_is_one_line() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-@pytest.mark.parametrize("absent", ["ip", "tc", "unshare", "nsenter"])
+@pytest.mark.parametrize("absent", virtual_cluster.TOOLS)
 def test_a_tool_that_is_not_installed(absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tool in {"ip", "tc", "unshare", "nsenter", "mount"} - {absent}:
+    for tool in {*virtual_cluster.TOOLS} - {absent}:
         (tmp_path / tool).symlink_to("/bin/true")
     monkeypatch.setattr(virtual_cluster, "environment", lambda: {"PATH": str(tmp_path)})
     reason = virtual_cluster.why_not()
     assert reason == f"{absent} not found; install iproute2 and util-linux (make system-deps)"
+
+
+@needs_namespaces
+def test_a_python_that_cannot_be_started_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("may be read, not executed")
+    monkeypatch.setattr(virtual_cluster.sys, "executable", str(tmp_path / "python"))
+    reason = virtual_cluster.why_not() or ""
+    assert "this Python cannot be started inside" in reason
+    assert "Permission denied" in reason
+    assert "; take one" in reason
+
+
+def test_the_trial_needs_no_tool_that_is_not_asked_for() -> None:
+    text = virtual_hosts.MOUNTS + virtual_cluster.TRIAL
+    used = set(re.findall(r"(?:^|&&)\s*(\w+)", text, re.MULTILINE))
+    assert len(used) > 4
+    assert used <= {*virtual_cluster.TOOLS, "printf"}  # which is the shell's own
 
 
 def test_elsewhere_than_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
