@@ -4,10 +4,10 @@ You learn   which algorithm wins for small and for large messages, what a thin u
             why the order of a ring must follow the racks
 Laptop      python ch02_hardware_parallelism/topologies.py     (four hosts in a virtual cluster: one rack, then two)
 Faster      python ch02_hardware_parallelism/topologies.py --quick
-GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/topologies.py --sizes-kib 4,65536
+GPU node    torchrun --standalone --nproc-per-node=gpu ch02_hardware_parallelism/topologies.py --sizes-kib 1,65536
 Cluster     srun python ch02_hardware_parallelism/topologies.py     (the network as it is; each node counts as a rack)
-You see     a table a topology: measured and predicted ms, the winner of each size marked. Small: few rounds win. Large:
-            few bytes. Over the thin uplink a ring in a bad order takes twice as long as one that follows the racks.
+You see     a table a topology: measured and predicted ms, the winners of each size starred. Small: few rounds win.
+            Large: few bytes. Over the thin uplink a ring in a bad order takes twice as long as in the racks' order.
 """
 
 from __future__ import annotations

@@ -77,11 +77,10 @@ def why_not() -> str | None:
     """What this machine lacks for a virtual cluster and what to do, None if it can be made. Tries it: 50 ms."""
     if sys.platform != "linux":
         return "network namespaces are a thing of Linux; run this on Linux, or in a virtual machine that runs it"
-    env = environment()
-    if missing := [tool for tool in TOOLS if not shutil.which(tool, path=env["PATH"])]:
+    if missing := [tool for tool in TOOLS if not shutil.which(tool, path=environment()["PATH"])]:
         return f"{' and '.join(missing)} not found; install iproute2 and util-linux (make system-deps)"
     trial = [*(command := unshare()), "sh", "-c", MOUNTS + TRIAL, "sh", "", sys.executable]
-    tried = subprocess.run(trial, env=env, input="", capture_output=True, text=True, timeout=60)
+    tried = subprocess.run(trial, env=environment(), input="", capture_output=True, text=True, timeout=60)
     if tried.returncode == 0:
         return None
     said = ": ".join(tried.stderr.strip().splitlines()[-2:]) or f"exit {tried.returncode}"

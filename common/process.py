@@ -199,7 +199,7 @@ class Child:
             psutil.wait_procs(left, timeout=1)
         self.kill()
         self._guard.kill()
-        self._guard.wait()
+        self._guard.communicate()
 
     def __enter__(self) -> Child:
         return self
