@@ -123,12 +123,12 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     return lm.load(args.preset, device)
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW, fused, with weight decay on matrices only."""
+def make_optimizer(model: nn.Module, lr: float, *, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only: in one kernel, or as torch does it when not asked."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
