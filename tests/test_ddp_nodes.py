@@ -30,19 +30,23 @@ NO_NETWORKS, NO_SLURM = virtual_cluster.why_not(), slurm_cluster.why_not()
 needs_namespaces = pytest.mark.skipif(NO_NETWORKS is not None, reason=NO_NETWORKS or "")
 needs_slurm = pytest.mark.skipif(NO_SLURM is not None, reason=NO_SLURM or "")
 TRAIN = [
-    "ch03_ddp/train_ddp.py", "--preset", "nano", "--steps", "50", "--batch-size", "1", "--seq-len", "16", "--dtype", "fp32",
-    "--val-tokens", "256", "--sample-tokens", "0", "--log-every", "1",
+    "ch03_ddp/train_ddp.py", "--preset", "nano", "--batch-size", "1", "--seq-len", "16", "--dtype", "fp32",
+    "--val-tokens", "256", "--sample-tokens", "0", "--log-every", "1", "--steps",
 ]  # fmt: skip
+SHORT, LONG = [*TRAIN, "6"], [*TRAIN, "50"]  # LONG: something happens to it before its end
 SSHD = "/usr/sbin/sshd"
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """weights_sha256 of TRAIN on two ranks of this host, left alone."""
-    folder = tmp_path_factory.mktemp("reference")
-    done = torchrun(TRAIN[0], 2, [*TRAIN[1:], "--run-dir", str(folder)])
+def alone(command: list[str], folder: Path) -> str:
+    """weights_sha256 of a training run on two ranks of this host that is left alone."""
+    done = torchrun(command[0], 2, [*command[1:], "--run-dir", str(folder)])
     assert done.result, done.stderr
     return str(done.result["weights_sha256"])
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(SHORT, tmp_path_factory.mktemp("short"))
 
 
 def results(text: str) -> list[dict]:
@@ -130,7 +134,7 @@ STORY = """
 set -eu
 begun() { for _ in $(seq 900); do [ -s "$1" ] && return; sleep 0.1; done; echo "$1 did not begin" >&2; exit 1; }
 srun --nodes=2 --label hostname
-sbatch --wait ch03_ddp/launch/train_srun.sbatch no-such-script.py || true
+sbatch ch03_ddp/launch/train_srun.sbatch no-such-script.py
 a=$(TRAIN_A); begun OUT/a/losses.jsonl
 sbatch --partition=urgent --nodes=2 --exclusive --output=OUT/urgent.out --wrap='squeue -h -o "%i %T"'
 b=$(TRAIN_B); begun OUT/b/losses.jsonl
@@ -143,17 +147,18 @@ echo "a=$a b=$b c=$c"
 
 
 @needs_slurm
-def test_a_slurm_of_two_nodes(tmp_path: Path, reference: str) -> None:
+def test_a_slurm_of_two_nodes(tmp_path: Path) -> None:
     """Preempted, signalled, cancelled: one story, as each start of the cluster and of a job costs seconds."""
     out = tmp_path / "with a space"
     (out / "a").mkdir(parents=True)
     story = STORY.replace("OUT", f"'{out}'")
     for name, launch in (("A", "train.sbatch"), ("B", "train_srun.sbatch"), ("C", "train_srun.sbatch")):
-        words = [*TRAIN, "--out", f"'{out / name.lower()}'", "--resume", "auto", "--run-dir", f"'{out / name}'"]
+        words = [*LONG, "--out", f"'{out / name.lower()}'", "--resume", "auto", "--run-dir", f"'{out / name}'"]
         story = story.replace(f"TRAIN_{name}", f"sbatch --parsable ch03_ddp/launch/{launch} {' '.join(words)}")
     log = tmp_path / "cluster"
     line = [sys.executable, "-m", "ch03_ddp.slurm_cluster", "--rate", "10gbit", "--run-dir", str(log)]
     done = process.run([*line, "--", "bash", "-c", story], timeout_s=240)
+    reference = alone(LONG, tmp_path / "alone")
     assert "0: host0" in done.stdout, done.stderr
     assert "1: host1" in done.stdout
     assert done.returncode == 1, "a job failed, on purpose"
@@ -271,20 +276,20 @@ kill %1
 
 
 @needs_namespaces
-def test_two_hosts_by_hand_give_what_two_ranks_give(tmp_path: Path, reference: str) -> None:
-    command = BY_HAND.format(train=" ".join(TRAIN), out=tmp_path / "a b")
+def test_two_hosts_by_hand_give_what_two_ranks_give(tmp_path: Path, short: str) -> None:
+    command = BY_HAND.format(train=" ".join(SHORT), out=tmp_path / "a b")
     done = virtual_cluster.run(["bash", "-c", command], rate="10gbit", launch="command", timeout_s=150)
     assert done.returncode == 0, done.stderr
     static, c10d = results(done.stdout)
     for result in (static, c10d):
         assert result["world_size"] == 2
-        assert result["weights_sha256"] == reference
+        assert result["weights_sha256"] == short
     assert "joined  world_size=2 device=cpu backend=gloo launcher=torchrun" in done.stderr
 
 
 @needs_namespaces
 @pytest.mark.skipif(os.geteuid() != 0 or not Path(SSHD).exists(), reason="needs root and openssh-server")
-def test_two_hosts_by_a_real_ssh(tmp_path: Path, reference: str) -> None:
+def test_two_hosts_by_a_real_ssh(tmp_path: Path, short: str) -> None:
     keys = tmp_path / "keys"
     keys.mkdir(mode=0o700)
     for name in ("host", "user"):
@@ -297,12 +302,12 @@ def test_two_hosts_by_a_real_ssh(tmp_path: Path, reference: str) -> None:
         f"Host *\n  Port 2222\n  IdentityFile {keys}/user\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
         "  BatchMode yes\n  LogLevel ERROR\n  ConnectionAttempts 20\n"
     )
-    command = BY_SSH.format(keys=keys, sshd=SSHD, train=" ".join(TRAIN), out=tmp_path)
+    command = BY_SSH.format(keys=keys, sshd=SSHD, train=" ".join(SHORT), out=tmp_path)
     done = virtual_cluster.run(["bash", "-c", command], rate="10gbit", launch="command", timeout_s=120)
     assert done.returncode == 0, done.stderr
     (result,) = results(done.stdout)
     assert result["world_size"] == 2
-    assert result["weights_sha256"] == reference
+    assert result["weights_sha256"] == short
 
 
 # ---------------------------------------------------------------- ssh_launch, with a stand-in for ssh
