@@ -63,7 +63,7 @@ def none(ctx: Context, watch: Watch, guilty: int) -> diagnose.Verdict | None:
     """Nothing is wrong: whatever is asked, nobody is blamed."""
     ddp = replica(ctx, watch)
     trial = diagnose.unused(ctx, ddp, lambda: ddp(batch(ctx)))
-    optimizer = train(ctx, watch, ddp)
+    optimizer = train(ctx, watch, ddp, 3 * STEPS)
     return trial or watch.straggler() or diagnose.desync(ctx, ddp, optimizer)
 
 

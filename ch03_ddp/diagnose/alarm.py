@@ -37,6 +37,18 @@ class Alarm:
     def settled(self) -> bool:
         return self.store.check([f"verdict/{self.round}"])
 
+    def heard(self) -> None:
+        """This rank has the verdict."""
+        self.store.set(f"heard/{self.rank}", "")
+
+    def wait_until_heard(self) -> None:
+        """Stay until all that live have the verdict: the store may end with this process, and leave them to guess."""
+        deadline = time.monotonic() + ANSWER_S
+        waiting = set(range(self.world_size))
+        while waiting and time.monotonic() < deadline:
+            waiting -= {rank for rank in waiting if self.store.check([f"heard/{rank}"])} | set(self.ended())
+            time.sleep(0.01)
+
     def exchange(self, report: Report) -> tuple[dict[int, Report], dict[int, str]]:
         """Give this rank's report for the others'. Also: who did not answer, and why that is."""
         self.store.set(f"report/{self.round}/{self.rank}", report.dumps())

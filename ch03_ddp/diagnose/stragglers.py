@@ -16,7 +16,7 @@ from ch03_ddp.diagnose.verdict import Verdict
 from common.dist import Context
 
 WARM_UP = 2
-SLOWER = 1.5  # times the own work of the others' median
+ENOUGH = 5  # steps after that, to tell a slow rank from a slow moment
 WORTH = 0.1  # of a step: less is not worth a word
 
 
@@ -48,32 +48,35 @@ class Pace:
     def _ms(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3)
 
-    def medians_ms(self) -> tuple[float, float]:
-        """Of the steps after the warm-up: own work, and the whole step."""
+    def own_ms(self) -> list[float]:
+        """Of the steps after the warm-up: quartiles of own work, and the median of the whole step. Empty: too few."""
         if self._cuda:
             torch.cuda.synchronize()
-        rows = []
-        for begin, end, waits in self._steps[WARM_UP:]:
-            whole = self._ms(begin, end)
-            rows.append((whole - sum(self._ms(*wait) for wait in waits), whole))
-        own, whole = zip(*rows, strict=True) if rows else ((0.0,), (0.0,))
-        return statistics.median(own), statistics.median(whole)
+        whole = [self._ms(begin, end) for begin, end, _ in self._steps[WARM_UP:]]
+        waits = [sum(self._ms(*wait) for wait in waits) for _, _, waits in self._steps[WARM_UP:]]
+        if len(whole) < ENOUGH:
+            return []
+        own = [step - wait for step, wait in zip(whole, waits, strict=True)]
+        return [*statistics.quantiles(own, n=4), statistics.median(whole)]
 
     def straggler(self, ctx: Context) -> Verdict | None:
-        """The rank that all others wait for, if there is one. Every rank must call it."""
-        said = [json.loads(text) for text in ctx.exchange("diagnose: own work", json.dumps(self.medians_ms()))]
-        own = {rank: ms for rank, (ms, _) in enumerate(said)}
-        slowest = max(own, key=lambda rank: own[rank])
-        others = [ms for rank, ms in own.items() if rank != slowest]
-        step = statistics.median(whole for _, whole in said)
-        if not others or step <= 0:
+        """The rank that all others wait for, if there is one. Every rank must call it.
+
+        Its quick steps must be slower than the slow ones of all others: a busy moment makes no straggler.
+        """
+        said = [json.loads(text) for text in ctx.exchange("diagnose: own work", json.dumps(self.own_ms()))]
+        if ctx.world_size == 1 or not all(said):
             return None
-        gain = own[slowest] - max(others)  # until the next slow one is what all wait for
-        if own[slowest] < SLOWER * statistics.median(others) or gain < WORTH * step:
+        slowest = max(range(ctx.world_size), key=lambda rank: said[rank][1])
+        others = [row for rank, row in enumerate(said) if rank != slowest]
+        quick, own, _, _ = said[slowest]
+        step = statistics.median(row[3] for row in said)
+        gain = own - max(row[1] for row in others)  # until the next slow one is what all wait for
+        if quick <= max(row[2] for row in others) or gain < WORTH * step:
             return None
         text = (
-            f"rank {slowest} works {own[slowest]:.1f} ms of a step of {step:.1f} ms, the others "
-            f"{statistics.median(others):.1f} ms, and wait; at their pace the job would be "
+            f"rank {slowest} works {own:.1f} ms of a step of {step:.1f} ms, the others "
+            f"{statistics.median(row[1] for row in others):.1f} ms, and wait; at their pace the job would be "
             f"{step / (step - gain):.1f} times as fast"
         )
         return Verdict("slow", (slowest,), text)

@@ -59,10 +59,9 @@ class Watch:
         self._pace = Pace(ctx.device)
         self._models: list[Backward] = []
         self._report = Report(ctx.rank)
-        self._why = ""  # to ring the alarm for
+        self._asked: list[tuple[str, threading.Event]] = []  # by the main thread: why to ring, and who waits for it
         self._found: Verdict | None = None  # by this rank alone
         self._verdict: Verdict | None = None  # everybody's
-        self._quiet = threading.Event()  # a round has ended
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diagnose.watch", daemon=True)
         self._undo = contextlib.ExitStack()
@@ -107,6 +106,9 @@ class Watch:
         finally:
             self._over.set()
             self._thread.join(2 * ANSWER_S)
+            if self._verdict and self._ctx.rank == 0:
+                with contextlib.suppress(RuntimeError):
+                    self._alarm.wait_until_heard()
             for model in self._models:
                 model.close()
             self._undo.close()
@@ -123,10 +125,11 @@ class Watch:
             raise Fault(self._verdict)
 
     def _ask(self, why: str) -> None:
-        """Have the thread ring, and wait for the end of the round."""
-        self._quiet.clear()
-        self._why = why
-        self._quiet.wait(3 * ANSWER_S)
+        """Have the thread ring, and wait for the end of a round that begins after this."""
+        answered = threading.Event()
+        self._asked.append((why, answered))
+        if self._thread.is_alive():
+            answered.wait(3 * ANSWER_S)
 
     def _meet_at_the_end(self) -> None:
         """Stay to answer until all ranks are through, then compare what they called: not every wrong order hangs."""
@@ -184,17 +187,20 @@ class Watch:
         looked = time.monotonic()
         pause = max(POLL_S, min(1.0, self._timeout_s / 20))  # between looks into the recorder, which cost milliseconds
         while not self._over.is_set() and not self._verdict:
+            asked = self._asked[:]
             try:
-                if time.monotonic() > looked + pause:
-                    looked = time.monotonic()
-                    self._why = self._why or self._stuck()
                 self._found = self._found or self._changed()
-                if self._why or self._found:
-                    self._alarm.ring(self._why or "a fault was found")
+                why = next((why for why, _ in asked), "a fault was found" if self._found else "")
+                if not why and time.monotonic() > looked + pause:
+                    looked = time.monotonic()
+                    why = self._stuck()
+                if why:
+                    self._alarm.ring(why)
                 if self._alarm.rings():
                     self._verdict = self._round()
-                    self._why = ""
-                    self._quiet.set()
+                    del self._asked[: len(asked)]
+                    for _, answered in asked:
+                        answered.set()
             except RuntimeError:  # the store does not answer: the process that served it is gone
                 host = "torchrun's agent" if "TORCHELASTIC_RUN_ID" in os.environ else "rank 0"
                 last = (
@@ -204,7 +210,11 @@ class Watch:
                 )
                 self._verdict = Verdict("death", (0,), f"rank 0 is gone, and the store that {host} served{last}")
             self._over.wait(POLL_S)
-        self._quiet.set()
+        if self._verdict:
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                self._alarm.heard()
+        for _, answered in self._asked:
+            answered.set()
         if self._verdict and not self._over.is_set():
             self._let_go()
 
