@@ -250,12 +250,14 @@ def save(rows: list[Row], run: script.Run, also: Path | None) -> None:
 
 
 def figures(name: str, rows: list[Row], line: AlphaBeta | None) -> dict:
-    """The RESULT of one collective: its latency, the largest size's bus bandwidth, the fit's median error."""
+    """The RESULT of one collective: its latency, the largest size's bus bandwidth, the fit's errors."""
     mine = [row for row in rows if row.collective == name]
+    errors = [abs(row.fit_error_percent or 0) for row in mine]
     return {
         f"{name}_alpha_us": line and line.alpha_s * 1e6,
         f"{name}_bus_gb_per_s": mine[-1].busbw_gb_per_s,
-        f"{name}_fit_error_percent": line and statistics.median(abs(row.fit_error_percent or 0) for row in mine),
+        f"{name}_fit_error_percent": line and statistics.median(errors),
+        f"{name}_largest_fit_error_percent": line and max(errors),
     }
 
 

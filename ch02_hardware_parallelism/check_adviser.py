@@ -197,8 +197,8 @@ def show_measured(found: dict, preset: str) -> None:
     for key, (name, how) in rows.items():
         if measured := found.get(f"step_ms_{key}"):
             predicted = found[f"step_ms_{key}_predicted"]
-            off = predicted / measured - 1
-            print(f"{name:42} {measured:11.1f} ms {predicted:11.1f} ms  {off:+4.0%}  {how}".rstrip())
+            off = "" if key == "one_rank" else f"{predicted / measured - 1:+.0%}"  # what is fitted predicts nothing
+            print(f"{name:42} {measured:11.1f} ms {predicted:11.1f} ms  {off:4}  {how}".rstrip())
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -17,10 +17,10 @@ import functools
 import statistics
 
 from ch01_intro.memory import SavedActivations
-from ch02_hardware_parallelism import data_parallel, sequence_parallel, tensor_parallel, virtual_cluster
+from ch02_hardware_parallelism import virtual_cluster
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel
-from ch02_hardware_parallelism.model import Shape, build
+from ch02_hardware_parallelism.model import build
 from ch02_hardware_parallelism.rates import add_rates, as_flags, at_rates, check_ranks
 from ch02_hardware_parallelism.sequence_parallel import SequenceParallel
 from ch02_hardware_parallelism.strategy import Strategy
@@ -43,13 +43,6 @@ KINDS: dict[str, type[Strategy]] = {
     "sequence": SequenceParallel,
 }
 TITLES = {"data": "data parallel", "tensor": "tensor parallel", "sequence": "tensor + sequence"}
-
-
-def formula(kind: str, shape: Shape, parameters: int, tokens: int, ranks: int) -> int:
-    """Payload bytes of a step in float32, sent by all ranks together; derived beside each strategy."""
-    if kind == "data":
-        return data_parallel.wire_bytes(parameters, ranks, itemsize=4)
-    return {"tensor": tensor_parallel, "sequence": sequence_parallel}[kind].wire_bytes(shape, tokens, ranks, itemsize=4)
 
 
 def state_bytes(strategy: Strategy) -> int:
@@ -82,7 +75,7 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
         counted.close()
         everybody = ctx.gather([sent, state_bytes(counted), sum(saved.bytes_by_module.values())]) or [[0, 0, 0]]
         result |= {
-            f"{kind}_bytes_formula": formula(kind, shape, parameters, tokens, ctx.world_size),
+            f"{kind}_bytes_formula": KINDS[kind].wire_bytes(whole, batches, ctx.world_size),
             f"{kind}_bytes_counted": sum(row[0] for row in everybody),
             f"{kind}_state_mib": max(row[1] for row in everybody) / 2**20,
             f"{kind}_activations_mib": max(row[2] for row in everybody) / 2**20,

@@ -28,12 +28,21 @@ from ch02_hardware_parallelism.strategy import (
     sum_in_one_message,
     token_count,
     trainable,
+    trainable_bytes,
 )
 from common import script
 
 
+def wire_bytes(model: nn.Module, micro_batches: list[Batch], ranks: int) -> int:
+    """Payload that all ranks send in a step, whatever its batch: an all_reduce moves each byte 2 (N-1) times, of all
+    gradients and of two numbers for the loss."""
+    return 2 * (ranks - 1) * (trainable_bytes(model) + 2 * next(model.parameters()).element_size())
+
+
 class DataParallel(Strategy):
     """Each rank holds the whole model and takes a share of every micro-batch; the gradients are summed at the end."""
+
+    wire_bytes = staticmethod(wire_bytes)
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         super().__init__(model, comm, make_optimizer)
@@ -148,12 +157,6 @@ class BucketedDataParallel(DataParallel):
             hook.remove()
 
 
-def wire_bytes(gradient_numbers: int, ranks: int, itemsize: int) -> int:
-    """Payload that all ranks send in a step: an all_reduce moves each byte 2 (N-1) times, of all gradients and of two
-    numbers for the loss."""
-    return 2 * (ranks - 1) * (gradient_numbers + 2) * itemsize
-
-
 def main(argv: list[str] | None = None) -> dict:
     parser = training.flags(__doc__, by_hand=True)
     parser.add_argument("--kind", choices=("naive", "bucketed", "ddp"), default="bucketed", help="ddp: the library's")
@@ -162,11 +165,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise script.UserError("--by-hand cannot count what the library sends; leave it out, or take another --kind")
     run = script.start(__file__, args)
     strategy = {"naive": DataParallel, "bucketed": BucketedDataParallel, "ddp": LibraryDDP}[args.kind]
-
-    def formula(model: nn.Module, ranks: int) -> int:
-        return wire_bytes(sum(p.numel() for _, p in trainable(model)), ranks, itemsize=4)
-
-    return training.train_beside_one_process(strategy, args, run, formula)
+    return training.train_beside_one_process(strategy, args, run)
 
 
 if __name__ == "__main__":

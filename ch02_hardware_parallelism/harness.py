@@ -1,7 +1,7 @@
 """The parity harness: does a strategy compute the same gradients as one process? To ten digits, not by its loss curve.
 
     outcomes = check(["data-parallel", MyStrategy], [Case(ranks=2, accumulation=4, tied=True)])
-    assert all(outcome.ok for outcome in outcomes), table(outcomes)
+    assert all(outcome.ok for outcome in outcomes), [outcome.diagnosis() for outcome in outcomes]
 
 One process computes the reference: the whole batch, one backward, SGD with momentum, two steps. Then N ranks compute
 the same by the strategy. Compared are the loss, the gradient of every parameter on every rank that holds it, the
@@ -17,13 +17,14 @@ import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
+from ch02_hardware_parallelism.outcome import STEPS, TOLERANCE, Case, Outcome, merge, worst_of
 from ch02_hardware_parallelism.strategy import Batch, Strategy, token_count, trainable
 from common import dist, ranks
 from common.script import UserError
@@ -44,97 +45,28 @@ STRATEGIES = {
     "library-gpipe": "library_pipeline:LibraryGPipe",
     "library-1f1b": "library_pipeline:LibraryOneFOneB",
 }
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-STEPS = 2
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting to compare in. frozen and uneven are the two that hand-made loops forget."""
-
-    ranks: int = 2
-    accumulation: int = 1
-    dtype: str = "float64"
-    tied: bool = True
-    frozen: bool = False  # some parameters get no gradient
-    uneven: bool = False  # the last micro-batch is smaller and does not divide by the ranks
-    by_hand: bool = True  # collectives from send and receive; False: the library's
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a strategy did in a case: errors relative to the reference, the largest over steps, ranks and parameters."""
-
-    strategy: str
-    case: Case
-    skipped: str = ""  # why the case does not apply
-    loss_error: float = 0.0
-    gradient_error: float = 0.0
-    norm_error: float = 0.0
-    weight_error: float = 0.0
-    worst: str = ""  # the parameter with the largest gradient error
-    wrong: tuple[str, ...] = ()  # all with too large a one, in the first step that has any
-    wrong_step: int = STEPS  # that step
-    missing: tuple[str, ...] = ()  # gradients that a rank did not have in some step, of weights that it holds
-    unheld: frozenset[str] = frozenset()  # parameters whose weights are on no rank
-    factors: dict[str, float] = field(default_factory=dict)  # of the wrong ones: how many times the reference, if so
-    wire_bytes: int = 0  # payload sent by all ranks by hand, a step
-
-    @property
-    def tolerance(self) -> float:
-        return TOLERANCE[self.case.dtype]
-
-    @property
-    def failures(self) -> list[str]:
-        """Which comparisons failed. NaN fails."""
-        errors = {"loss": self.loss_error, "gradient": self.gradient_error, "norm": self.norm_error,
-                  "weight": self.weight_error}  # fmt: skip
-        return [name for name, error in errors.items() if not error <= self.tolerance] + ["missing"] * bool(
-            self.missing
-        )
-
-    @property
-    def ok(self) -> bool:
-        return not self.skipped and not self.failures
-
-    def diagnosis(self) -> str:
-        """What is wrong, in words: which parameters, and by what factor if it is one."""
-        if self.skipped or self.ok:
-            return self.skipped
-        parts = []
-        if self.missing:
-            parts.append(f"no gradient for {_some(self.missing)}")
-        if self.wrong:
-            factors = {round(f, 4) for f in self.factors.values()}
-            how = (
-                f"{factors.pop():g} times too large"
-                if len(factors) == 1 and len(self.factors) == len(self.wrong)
-                else "wrong"
-            )
-            parts.append(f"gradient of {_some(self.wrong)} {how}")
-        parts += [f"{name} off by {error:.1e}" for name, error in
-                  (("loss", self.loss_error), ("grad-norm", self.norm_error), ("weights", self.weight_error))
-                  if not error <= self.tolerance]  # fmt: skip
-        return "; ".join(parts)
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]}, ...)"
 
 
 class Problem:
     """The model and the data to compare on. Subclass it to check strategies on another model."""
 
-    shape = models.Shape()
+    shape = models.Shape()  # the least; see shape_for
     frozen_names = ("blocks.1.mlp.up.weight", "blocks.2.norm1.bias", "embedding.position.weight")
 
     def sequences(self, case: Case, *, last: bool) -> int:
         """Of a micro-batch: 12 and, uneven, 7; more on more than 4 ranks, so that each pipeline has some to cut."""
         return max(7, 2 * case.ranks - 1) if last and case.uneven else max(12, 3 * case.ranks)
 
+    def shape_for(self, case: Case) -> models.Shape:
+        """Grown until each rank has a layer, and an equal part of the heads, words and positions."""
+        n, small = case.ranks, self.shape
+        vocab, heads, context = (-(-size // n) * n for size in (small.vocab, small.heads, small.context))
+        width = small.width // small.heads * heads
+        return models.Shape(vocab, width, heads, max(small.layers, n), context, case.tied)
+
     def build(self, case: Case) -> nn.Module:
         """The same weights on every call, in the case's dtype, with the case's parameters frozen."""
-        model = models.build(replace(self.shape, tied=case.tied), dtype=getattr(torch, case.dtype))
+        model = models.build(self.shape_for(case), dtype=getattr(torch, case.dtype))
         if case.frozen:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name not in self.frozen_names
@@ -149,12 +81,12 @@ class Problem:
 
     def steps(self, case: Case) -> Iterator[list[Batch]]:
         """The micro-batches of each step, those of the whole job."""
-        generator = torch.Generator().manual_seed(1)
+        generator, context = torch.Generator().manual_seed(1), self.shape_for(case).context
         for _ in range(STEPS):
             step = []
             for number in range(case.accumulation):
                 size = self.sequences(case, last=number == case.accumulation - 1)
-                tokens = torch.randint(self.shape.vocab, (size, self.shape.context + 1), generator=generator)
+                tokens = torch.randint(self.shape.vocab, (size, context + 1), generator=generator)
                 step.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
             yield step
 
@@ -216,17 +148,19 @@ def check_here(
                 mine.append(_compare(name, make, model, case, wanted, problem, ctx))
     told: list[list[Outcome]] = [[]] * ctx.world_size
     torch.distributed.all_gather_object(told, mine)
-    return [_merge(parts) for parts in zip(*told, strict=True)]
+    return [merge(parts) for parts in zip(*told, strict=True)]
 
 
 def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: dist.Context) -> Outcome:
     comm = Comm(by_hand=case.by_hand)
+    steps = list(problem.steps(case))
+    formula = make.wire_bytes(model, steps[-1], case.ranks) if case.by_hand else None
     strategy = make(model, comm, problem.make_optimizer)
     losses, norms, gradients = [], [], {}
     wrong, factors = {}, {}
     complete = set(wanted.gradients[0])  # what had a gradient in every step
     wrong_step, sent = STEPS, 0
-    for number, micro_batches in enumerate(problem.steps(case)):
+    for number, micro_batches in enumerate(steps):
         micro_batches = [(x.to(ctx.device), y.to(ctx.device)) for x, y in micro_batches]
         before = comm.total_sent_bytes()
         loss = strategy.backward(micro_batches)
@@ -255,46 +189,18 @@ def _compare(name, make, model, case, wanted: Reference, problem: Problem, ctx: 
         strategy.update()
         sent = during + comm.total_sent_bytes() - before
     held = strategy.weights()
-    weights = _worst(
+    weights = worst_of(
         _distance(w, wanted.weights[p], 1e-3) if p in wanted.weights else float("inf") for p, w in held.items()
     )
     missing = (held.keys() & wanted.gradients[0].keys()) - complete
     strategy.close()
     worst = max(gradients, key=gradients.__getitem__, default="")
     return Outcome(
-        name, case, loss_error=_worst(losses), gradient_error=_worst([*gradients.values(), *wrong.values()]),
-        norm_error=_worst(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
+        name, case, loss_error=worst_of(losses), gradient_error=worst_of([*gradients.values(), *wrong.values()]),
+        norm_error=worst_of(norms), weight_error=weights, worst=worst, wrong=tuple(wrong), factors=factors,
         wrong_step=wrong_step, missing=tuple(sorted(missing)), unheld=frozenset(wanted.weights.keys() - held.keys()),
-        wire_bytes=sent,
+        wire_bytes=sent, wire_bytes_formula=formula,
     )  # fmt: skip
-
-
-def _merge(parts: Sequence[Outcome]) -> Outcome:
-    """One outcome from those of the ranks. Each parameter must be held by some rank."""
-    worst = max(parts, key=lambda part: part.gradient_error if part.gradient_error == part.gradient_error else 9e99)
-    unheld = frozenset.intersection(*(part.unheld for part in parts))
-    missing = unheld.union(*(part.missing for part in parts))
-    step = min(part.wrong_step for part in parts)
-    first = [part for part in parts if part.wrong_step == step]
-    return replace(
-        worst,
-        loss_error=_worst([p.loss_error for p in parts]),
-        gradient_error=_worst([p.gradient_error for p in parts]),
-        norm_error=_worst([p.norm_error for p in parts]),
-        weight_error=_worst([p.weight_error for p in parts]),
-        wrong=tuple(dict.fromkeys(itertools.chain(*(part.wrong for part in first)))),
-        wrong_step=step,
-        factors={name: f for part in first for name, f in part.factors.items()},
-        missing=tuple(sorted(missing)),
-        unheld=unheld,
-        wire_bytes=sum(part.wire_bytes for part in parts),
-    )
-
-
-def _worst(errors: Iterable[float]) -> float:
-    """The largest, and NaN if there is one."""
-    errors = list(errors)
-    return next((e for e in errors if e != e), max(errors, default=0.0))
 
 
 def _error(found: float, wanted: float) -> float:

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.pipeline_parallel import GPipe
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer
+from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy
 
 NO_TARGET = -100  # cross_entropy's ignore_index
 
@@ -37,6 +37,7 @@ class LibraryGPipe(GPipe):
     """ScheduleGPipe moves the chunks; the tied weight, the loss and the norm are handled as by hand."""
 
     schedule_class: type = ScheduleGPipe
+    wire_bytes = Strategy.wire_bytes  # unknown: what the library sends is not seen from here
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         super().__init__(model, comm, make_optimizer)

@@ -29,6 +29,8 @@ from common import dist, ranks, script
 HealthyCurves = dict[int, list[list[float]]]  # by batch size, one curve a seed
 SMALLEST_BATCH = 4  # the most ranks that share it out, and the chunks of a pipeline
 TAIL = 10  # steps whose mean is the final loss
+FEWEST_STEPS = 30  # healthy runs have learned something by then
+LEAST_FALL = 0.5  # nats by which the loss of a run that learns has fallen
 
 
 def curve(make: type[Strategy], args: argparse.Namespace) -> list[float]:
@@ -67,7 +69,7 @@ class Exhibit:
         """Somebody who knows how far healthy seeds lie apart would have noticed: the loss is above all of them by more
         than their spread, or did not fall."""
         low, high = self.spread
-        return not self.loss <= high + (high - low) or not self.loss < self.broken[0] - 0.5
+        return not self.loss <= high + (high - low) or not self.loss < self.broken[0] - LEAST_FALL
 
 
 def final(losses: list[float]) -> float:
@@ -136,6 +138,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise script.UserError("the museum starts its own ranks; start it with plain python")
     if args.device == "cuda":
         raise script.UserError("the museum trains on CPU ranks; leave out --device cuda")
+    if args.steps < FEWEST_STEPS:
+        raise script.UserError(f"--steps {args.steps} is no loss curve to judge by; take {FEWEST_STEPS} or more")
     if args.batch_size < SMALLEST_BATCH:
         raise script.UserError(
             f"--batch-size {args.batch_size} is less than the bugs need; take {SMALLEST_BATCH} or more"

@@ -116,15 +116,16 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> dict:
     strategies = {name: make(kind, comm) for name, kind in KINDS.items()}
     twins = {name: silent_twin(partial(make, kind), text) for name, kind in KINDS.items()}
     rows: dict[str, list[float]] = {}
-    for _ in range(args.steps + WARM_UP):
+    for number in range(args.steps + WARM_UP):
         batches = text.step()
         actions: dict[str, Callable[[], object]] = {
             **{f"{name}_ms": partial(train_step, strategy, batches) for name, strategy in strategies.items()},
             **{f"{name}_compute_ms": partial(train_step, twin, batches) for name, (twin, _) in twins.items()},
             **{f"{name}_communication_ms": partial(send, messages, comm) for name, (_, messages) in twins.items()},
         }
-        for name, action in actions.items():
-            rows.setdefault(name, []).append(timed_ms(action, ctx.device))
+        names, first = list(actions), number % len(actions)
+        for name in names[first:] + names[:first]:  # none always comes behind the same other
+            rows.setdefault(name, []).append(timed_ms(actions[name], ctx.device))
     timed = {name: times[WARM_UP:] for name, times in rows.items()}
     result: dict = {"world_size": ctx.world_size, "backend": "nccl" if ctx.device.type == "cuda" else "gloo"}
     result |= {name: statistics.median(times) for name, times in timed.items()}
@@ -162,7 +163,7 @@ def draw(found: dict[str, dict], run: script.Run) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), layout="constrained", squeeze=False)
     for axes, (rate, row) in zip(grid.flat, found.items(), strict=True):
         names = list(KINDS)
         compute, exposed = ([row[f"{name}_{part}_ms"] for name in names] for part in ("compute", "exposed"))
@@ -189,8 +190,11 @@ def main(argv: list[str] | None = None) -> dict:
         found = at_rates(__file__, as_flags(args, *SHARED_FLAGS, "bucket_mib"), args.rates, run)
         draw(found, run)
         kept = [f"{name}_{part}" for name in KINDS for part in ("ms", "compute_ms", "communication_ms", "hidden")]
-        kept.append("buckets_over_ddp")
-        return {"world_size": 2} | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}
+        kept += [f"buckets_over_ddp{part}" for part in ("", "_p25", "_p75")]
+        over_ddp = statistics.mean(row["buckets_over_ddp"] for row in found.values())
+        print(f"over DDP's, all links: {over_ddp:.3f}")
+        result = {"world_size": 2, "buckets_over_ddp": over_ddp}
+        return result | {f"{key}_{rate}": row[key] for rate, row in found.items() for key in kept}
     with dist.session(args.device) as ctx:
         result = measure(args, ctx)
         if ctx.is_main:

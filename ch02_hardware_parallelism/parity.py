@@ -6,8 +6,9 @@ One         python -m ch02_hardware_parallelism.parity --strategy zero-1 --ranks
 A bug       python -m ch02_hardware_parallelism.parity --fault unscaled-pipeline-loss
 GPU node    torchrun --standalone --nproc-per-node=gpu -m ch02_hardware_parallelism.parity
 Cluster     srun python -m ch02_hardware_parallelism.parity
-You see     a table of the largest relative errors, about 1e-15 in float64 and 1e-6 in float32, and exit code 0; with a
-            planted bug the same table, what is wrong in words, and exit code 1
+You see     a table of the largest relative errors, about 1e-15 in float64 and 1e-6 in float32, whether the bytes on
+            the wire are those of the formula, and exit code 0; with a planted bug the same table, what is wrong in
+            words, and exit code 1
 
 In each cell the worst of all combinations of: accumulation 1 and 4, tied and untied embeddings, all parameters trained
 and some frozen, a whole last batch and a smaller one that does not divide by the ranks.
@@ -28,11 +29,13 @@ log = get_logger()
 
 
 def matrix(outcomes: list[Outcome]) -> str:
-    """Strategies by ranks: the largest gradient error of all cases in float64 and in float32."""
+    """Strategies by ranks: the largest gradient error of all cases in float64 and in float32; and whether the bytes
+    that were counted are, in all cases, exactly those of the strategy's formula."""
     ranks = sorted({o.case.ranks for o in outcomes})
     names = list(dict.fromkeys(o.strategy for o in outcomes))
     width = max(map(len, names)) + 2
-    lines = [" " * width + "".join(f"{f'{n} ranks':^28}" for n in ranks) + "cases"]
+    is_counted = any(o.bytes_exact is not None for o in outcomes)
+    lines = [" " * width + "".join(f"{f'{n} ranks':^28}" for n in ranks) + "cases" + "   bytes" * is_counted]
     lines.append(" " * width + "".join(f"{'float64':>12}{'float32':>10}{'':6}" for _ in ranks))
     for name in names:
         row, mine = name.ljust(width), [o for o in outcomes if o.strategy == name]
@@ -43,7 +46,9 @@ def matrix(outcomes: list[Outcome]) -> str:
                 errors = [o.gradient_error for o in done if o.case.dtype == dtype]
                 row += f"{max(errors):{room}.1e}" if errors else f"{'-':>{room}}"
             row += f"{'ok' if all(o.ok for o in done) else 'WRONG':>6}" if done else f"{'':6}"
-        lines.append(row + f"{sum(not o.skipped for o in mine):5}")
+        counted = [o.bytes_exact for o in mine if o.bytes_exact is not None]
+        exact = ("exact" if all(counted) else "WRONG") if counted else "-"
+        lines.append(row + f"{sum(not o.skipped for o in mine):5}" + f"{exact:>8}" * is_counted)
     return "\n".join(lines)
 
 
@@ -57,6 +62,10 @@ def explain(outcomes: list[Outcome]) -> str:
             settings = [f"{k.ranks} ranks", f"accumulation {k.accumulation}", k.dtype, "tied" if k.tied else "untied"]
             settings += ["frozen"] * k.frozen + ["uneven"] * k.uneven
             lines.setdefault(f"{text.split('off by')[0]}", text + ("" if o.skipped else f"   [{', '.join(settings)}]"))
+    for o in outcomes:
+        if o.bytes_exact is False:
+            text = f"{o.strategy}: WRONG: {o.wire_bytes:,} bytes sent, by formula {o.wire_bytes_formula:,}"
+            lines.setdefault(f"{o.strategy} bytes", text)
     return "\n".join(list(lines.values())[:12])
 
 
@@ -83,9 +92,9 @@ def chosen(args: argparse.Namespace) -> list:
     Raises:
         UserError: no such strategy or bug; the line lists them. Or both are given.
     """
-    if args.fault and args.strategy:
+    if args.fault is not None and args.strategy:
         raise script.UserError("--fault has its own strategy; leave out --strategy")
-    if args.fault:
+    if args.fault is not None:
         return [find_bug(args.fault).broken]
     names = list(STRATEGIES) if args.strategy in (None, "all") else args.strategy.split(",")
     for name in names:
@@ -113,6 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
     outcomes = run_cases(strategies, cases, args.device)
     done = [o for o in outcomes if not o.skipped]
     wrong = [o for o in done if not o.ok]
+    counted = [o.bytes_exact for o in done if o.bytes_exact is not None]
     if launch.rank == 0:
         print(matrix(outcomes))
         if notes := explain(outcomes):
@@ -126,12 +136,17 @@ def main(argv: list[str] | None = None) -> dict:
             f"largest_error_{d}": max((o.gradient_error for o in done if o.case.dtype == d), default=None)
             for d in dtypes
         },
+        "bytes_compared": len(counted),
+        "bytes_exact": all(counted) if counted else None,
         "caught": bool(wrong) if args.fault else None,
     }
     if wrong:
         raise script.CheckFailed(f"{len(wrong)} of {len(done)} comparisons differ from one process", result)
     if not done:
         raise script.UserError(f"nothing was compared ({outcomes[0].skipped}); take other --ranks")
+    if not all(counted) and not args.fault:  # a bug may send more
+        different = counted.count(False)
+        raise script.CheckFailed(f"{different} of {len(counted)} sent other bytes than their formula says", result)
     if args.fault:
         raise script.CheckFailed(f"the bug {args.fault} was not found in these settings; take others", result)
     return result

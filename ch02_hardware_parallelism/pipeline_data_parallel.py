@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ch02_hardware_parallelism import stages
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.pipeline_parallel import OneFOneB
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, share
@@ -21,6 +22,10 @@ class PipelineDataParallel(OneFOneB):
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:
         return f"{ranks} ranks are not pairs of stages; take an even number" if ranks % 2 else super().why_not(model, 2)
+
+    @staticmethod
+    def wire_bytes(model: nn.Module, micro_batches: list[Batch], ranks: int) -> int:
+        return stages.wire_bytes(model, micro_batches, 2, replicas=ranks // 2)
 
     def run_round(self, batch: Batch) -> None:
         super().run_round(share(batch, self.data.rank, self.data.size))

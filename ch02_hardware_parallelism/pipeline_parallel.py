@@ -10,9 +10,6 @@ Cluster     srun python ch02_hardware_parallelism/pipeline_parallel.py --layers 
 You see     the losses of one process, a bubble near (p-1) / (m+p-1), bytes that do not depend on the number of chunks,
             timeline.png: one row a stage, what it computed when; 1F1B holds p - stage activations, GPipe all m
 
-The formula's bubble is that of equal stages. The last one has head and loss on top of its blocks, and the others wait
-for it: 0.147 was measured with the flags above, the formula says 0.111.
-
 p stages, m micro-batches ("chunks": each of the harness's micro-batches is cut once more). Shapes: b sequences,
 t positions, d model width. Huang et al., "GPipe" (arXiv:1811.06965); 1F1B is PipeDream-Flush in Narayanan et al.
 (arXiv:2006.09503), with the formulas in "Efficient Large-Scale Language Model Training" (arXiv:2104.04473).
@@ -36,7 +33,7 @@ from ch02_hardware_parallelism.model import build, loss_sum
 from ch02_hardware_parallelism.schedules import Op, bubble_formula, peak_live, schedule
 from ch02_hardware_parallelism.stages import Stage, gradient_flows, wire_bytes
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, token_count
-from ch02_hardware_parallelism.timeline import Event, bubble, draw, span_s
+from ch02_hardware_parallelism.timeline import Event, bubble, busy_s, draw, nobody_s, span_s
 from common import dist, script
 from common.logs import get_logger
 
@@ -49,6 +46,7 @@ class GPipe(Strategy):
 
     kind = "gpipe"
     chunks = 4
+    wire_bytes = staticmethod(wire_bytes)
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         self.stage, self.stages = comm.rank, comm.size
@@ -264,6 +262,8 @@ def main(argv: list[str] | None = None) -> dict:
             "schedule": args.schedule,
             "chunks": args.chunks,
             "bubble_measured": bubble(fastest) if fastest else None,
+            "busy_ms_by_stage": [1e3 * busy_s(stage) for stage in fastest] if fastest else None,
+            "nobody_computes_ms": 1e3 * nobody_s(fastest) if fastest else None,
             "bubble_formula": bubble_formula(ctx.world_size, args.chunks),
             "live_activations_first_stage": told[0][2] if ours else None,
             "wire_bytes_per_step": sum(sent for _, sent, _ in told) if ours else None,
@@ -286,6 +286,8 @@ def report(result: dict, live: list[int]) -> None:
         print("  bubble and bytes by formula  {bubble_formula:.3f}, {wire_bytes_formula:,}".format(**result))
         return
     print("  idle share of the stages     {bubble_measured:.3f}, formula {bubble_formula:.3f}".format(**result))
+    busy = " ".join(f"{ms:.0f}" for ms in result["busy_ms_by_stage"])
+    print("  busy ms, by stage           ", busy, "and for {nobody_computes_ms:.0f} ms none is".format(**result))
     print("  bytes sent in a step         {wire_bytes_per_step:,}, formula {wire_bytes_formula:,}".format(**result))
     print("  activations alive, by stage ", *live)
     stages, chunks = result["world_size"], result["chunks"]

@@ -22,8 +22,7 @@ from torch import nn
 from ch02_hardware_parallelism import alpha_beta, tensor_parallel
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.model import Shape
-from ch02_hardware_parallelism.strategy import sum_in_one_message
+from ch02_hardware_parallelism.strategy import Batch, sum_in_one_message, token_count, trainable
 from ch02_hardware_parallelism.tensor_layers import Boundary
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel, indivisible
 
@@ -43,22 +42,28 @@ class OwnPositions(nn.Module):
         return F.embedding(places_t.chunk(self.comm.size)[self.comm.rank], self.weight)
 
 
-def replicated_parameters(shape: Shape) -> int:
-    """Numbers in the norms (weight and bias), the biases of row layers (two a layer) and the position embedding."""
-    return (2 * (2 * shape.layers + 1) + 2 * shape.layers + shape.context) * shape.width
+def is_replicated(name: str) -> bool:
+    """Is this parameter whole on every rank? Norms, positions and the biases of row layers are."""
+    return "norm" in name or name.endswith(("position.weight", "out.bias", "down.bias"))
 
 
-def wire_bytes(shape: Shape, tokens: int, ranks: int, itemsize: int, frozen: int = 0) -> int:
-    """As in tensor_parallel, with `frozen` numbers of the replicated parameters frozen.
+def replicated_bytes(model: nn.Module) -> int:
+    """Of the gradients that every rank has of its own."""
+    return sum(p.numel() * p.element_size() for name, p in trainable(model) if is_replicated(name))
 
-    Each all_reduce there is an all_gather or a reduce_scatter here, and its counterpart follows in the next region:
-    forward 2 layers + 1 of each, backward as many: together the same bytes. Added is one all_reduce of the replicated
-    parameters' gradients a step, however many micro-batches it has.
+
+def wire_bytes(model: models.Transformer, micro_batches: list[Batch], ranks: int) -> int:
+    """As in tensor_parallel: each all_reduce there is an all_gather or a reduce_scatter here, and its counterpart
+    follows in the next region: forward 2 layers + 1 of each, backward as many: together the same bytes.
+
+    Added is one all_reduce of the replicated parameters' gradients a step, however many micro-batches it has.
     """
-    copies = (replicated_parameters(shape) - frozen) * itemsize
-    return tensor_parallel.wire_bytes(shape, tokens, ranks, itemsize) + alpha_beta.total_wire_bytes(
-        "all_reduce", copies, ranks
-    )
+    shape, tokens = model.shape, token_count(micro_batches)
+    crossings = 2 * (2 * shape.layers + 1) + sum(tensor_parallel.gradients_cross(model))
+    itemsize = model.norm.weight.element_size()
+    return alpha_beta.total_wire_bytes(
+        "all_gather", crossings * tokens * shape.width * itemsize, ranks
+    ) + alpha_beta.total_wire_bytes("all_reduce", 3 * tokens * itemsize + replicated_bytes(model), ranks)
 
 
 class SequenceParallel(TensorParallel):

@@ -29,6 +29,11 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+def trainable_bytes(model: nn.Module) -> int:
+    """Of all gradients."""
+    return sum(p.numel() * p.element_size() for _, p in trainable(model))
+
+
 def sum_in_one_message(tensors: list[torch.Tensor], comm: Comm) -> None:
     """All_reduce of them all, in place, as one flat tensor: many small messages would cost their latency each."""
     if not tensors or comm.size == 1:
@@ -72,6 +77,14 @@ class Strategy:
     @staticmethod
     def why_not(model: nn.Module, ranks: int) -> str | None:
         """Why this model cannot be spread over so many ranks by this strategy; None if it can."""
+        return None
+
+    @staticmethod
+    def wire_bytes(model: nn.Module, micro_batches: list[Batch], ranks: int) -> int | None:
+        """Payload bytes that all ranks together send in a step of `model`, by formula. None: there is no formula.
+
+        Clipping, and whatever only the harness asks for, is not in it.
+        """
         return None
 
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:

@@ -12,9 +12,8 @@ import torch
 from ch02_hardware_parallelism import alpha_beta, tensor_parallel
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.model import Shape
-from ch02_hardware_parallelism.sequence_parallel import replicated_parameters
-from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, share, sum_in_one_message
+from ch02_hardware_parallelism.sequence_parallel import replicated_bytes
+from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, share, sum_in_one_message, trainable_bytes
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
 
 
@@ -24,20 +23,17 @@ def grid_of(ranks: int) -> tuple[int, int]:
     return rows, ranks // rows
 
 
-def wire_bytes(shape: Shape, tokens: int, ranks: int, itemsize: int) -> int:
+def wire_bytes(model: models.Transformer, micro_batches: list[Batch], ranks: int) -> int:
     """As in tensor_parallel. The rows share the tokens out, so that together they send what one row would for all.
 
-    Added is, in each column, an all_reduce of what its ranks hold (their slice of the matrices and all of the rest) and
-    of the loss.
+    Added is, in each column, an all_reduce of the gradients that its ranks hold (their slices, and all of what is
+    replicated) and of the loss.
     """
     rows, columns = grid_of(ranks)
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in models.Transformer(shape).parameters())
-    copies = replicated_parameters(shape)
-    in_all_columns = (whole - copies) + columns * (copies + 1)
-    return tensor_parallel.wire_bytes(shape, tokens, columns, itemsize) + alpha_beta.total_wire_bytes(
-        "all_reduce", in_all_columns * itemsize, rows
-    )
+    copies, loss = replicated_bytes(model), model.norm.weight.element_size()
+    in_all_columns = (trainable_bytes(model) - copies) + columns * (copies + loss)
+    across = alpha_beta.total_wire_bytes("all_reduce", in_all_columns, rows)
+    return tensor_parallel.wire_bytes(model, micro_batches, columns) + across
 
 
 class TensorDataParallel(TensorParallel):

@@ -22,7 +22,6 @@ from torch import nn
 from ch02_hardware_parallelism import alpha_beta, harness, training
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.model import Shape
 from ch02_hardware_parallelism.strategy import (
     Batch,
     MakeOptimizer,
@@ -44,14 +43,42 @@ from common import logs, script
 FAMILY = ("tensor-parallel", "sequence-parallel", "tensor-x-data", "library-tensor", "library-sequence")
 
 
-def wire_bytes(shape: Shape, tokens: int, ranks: int, itemsize: int) -> int:
-    """Payload bytes that all ranks together send in a step of `tokens` tokens (of all micro-batches), all trainable.
+def gradients_cross(model: models.Transformer) -> tuple[int, int]:
+    """Out of how many begins of parallel regions a gradient comes, and into how many ends one goes.
+
+    All 2 layers + 1 of each, unless all that lies behind is frozen. An attention and an MLP are a region each; besides
+    the embedding of words has an end, and the head a begin.
+    """
+
+    def learns(*parts: nn.Module) -> bool:
+        return any(p.requires_grad for part in parts for p in part.parameters())
+
+    behind = learns(model.embedding.token)
+    begins, ends = 0, int(behind)
+    behind |= learns(model.embedding.position)
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        for norm, columns, row in (
+            (block.norm1, (attention.q, attention.k, attention.v), attention.out),
+            (block.norm2, (mlp.up,), mlp.down),
+        ):
+            behind |= learns(norm)
+            begins += behind
+            behind |= learns(*columns) or row.weight.requires_grad
+            ends += behind
+            behind |= row.bias.requires_grad
+    return begins + (behind or learns(model.norm)), ends
+
+
+def wire_bytes(model: models.Transformer, micro_batches: list[Batch], ranks: int) -> int:
+    """Payload bytes that all ranks together send in a step.
 
     All_reduces of [b, t, d]: forward the embedding, and each layer's attention and MLP; backward the inputs of each
     layer's attention and MLP, and of the head. That is 4 layers + 2. Three numbers a token for the loss.
     """
-    numbers = tokens * ((4 * shape.layers + 2) * shape.width + 3)
-    return alpha_beta.total_wire_bytes("all_reduce", numbers * itemsize, ranks)
+    begins, _ = gradients_cross(model)
+    numbers = token_count(micro_batches) * ((2 * model.shape.layers + 1 + begins) * model.shape.width + 3)
+    return alpha_beta.total_wire_bytes("all_reduce", numbers * model.norm.weight.element_size(), ranks)
 
 
 def indivisible(ranks: int, **sizes: int) -> str | None:
@@ -207,19 +234,16 @@ def main(argv: list[str] | None = None) -> dict:
         )
     run = script.start(__file__, args)
     _, make = harness.resolve(args.strategy)
-    tokens = args.accumulation * args.batch_size * args.seq_len
-
-    def formula(model: models.Transformer, ranks: int) -> int | None:
-        return make.wire_bytes(model.shape, tokens, ranks, itemsize=4) if hasattr(make, "wire_bytes") else None
 
     def report(strategy: Strategy) -> dict:
         return {"parameters_per_rank": sum(held(p).numel() for p in strategy.model.parameters())}
 
-    result = training.train_beside_one_process(make, args, run, formula, report)
+    result = training.train_beside_one_process(make, args, run, report)
     if logs.env_rank() == 0:
         mine, all_of_them = result["parameters_per_rank"], result["parameters"]
         print(f"parameters a rank: {mine:,} of {all_of_them:,} ({mine / all_of_them:.1%})")
-        print(f"a step: {result['step_ms']:.1f} ms; peak memory of rank 0: {result['peak_mem_gib']:.2f} GiB")
+        peak = result["peak_mem_gib"]
+        print(f"a step: {result['step_ms']:.1f} ms" + (f"; peak memory of rank 0: {peak:.2f} GiB" if peak else ""))
     return result
 
 

@@ -23,8 +23,20 @@ def span_s(stages: Sequence[Sequence[Event]]) -> float:
 
 def bubble(stages: Sequence[Sequence[Event]]) -> float:
     """Idle share of all stages' time between the first operation's begin and the last one's end."""
-    busy_s = sum(event.end_s - event.begin_s for stage in stages for event in stage)
-    return 1 - busy_s / (len(stages) * span_s(stages))
+    return 1 - sum(map(busy_s, stages)) / (len(stages) * span_s(stages))
+
+
+def busy_s(stage: Sequence[Event]) -> float:
+    return sum(event.end_s - event.begin_s for event in stage)
+
+
+def nobody_s(stages: Sequence[Sequence[Event]]) -> float:
+    """How long no stage computes at all: messages are under way, or the machine has other work."""
+    idle, busy_until = 0.0, min(event.begin_s for stage in stages for event in stage)
+    for event in sorted(event for stage in stages for event in stage):
+        idle += max(0.0, event.begin_s - busy_until)
+        busy_until = max(busy_until, event.end_s)
+    return idle
 
 
 def draw(stages: Sequence[Sequence[Event]], title: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ch01_intro.collectives import slowest_us
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.model import Shape, Transformer, build, loss_sum
+from ch02_hardware_parallelism.model import Shape, build, loss_sum
 from ch02_hardware_parallelism.strategy import Batch, Strategy, token_count
 from common import data, dist, profiling, script
 
@@ -99,24 +99,22 @@ def one_process_losses(model: nn.Module, args: argparse.Namespace, device: torch
 
 
 def train_beside_one_process(
-    make: Callable[..., Strategy],
+    make: type[Strategy],
     args: argparse.Namespace,
     run: script.Run,
-    formula: Callable[[Transformer, int], int | None],
     report: Callable[[Strategy], dict] = lambda strategy: {},
 ) -> dict:
     """Train by a strategy on all ranks and in one process on rank 0, print both, and return what RESULT holds.
 
     Args:
-        formula: payload bytes that all ranks send in a step, from the whole model and the number of ranks; or None.
         report: further RESULT fields, from the trained strategy.
     """
     with dist.session(args.device) as ctx:
         model = build(shape_of(args), seed=args.seed, device=str(ctx.device))
-        if reason := make.why_not(model, ctx.world_size):  # type: ignore[attr-defined]
+        if reason := make.why_not(model, ctx.world_size):
             raise script.UserError(reason)
         parameters = sum(p.numel() for p in model.parameters())
-        wanted_bytes = formula(model, ctx.world_size)
+        wanted_bytes = make.wire_bytes(model, Text(args, ctx.device).step(), ctx.world_size)
         alone = []
         if ctx.is_main:
             alone = one_process_losses(build(shape_of(args), seed=args.seed, device=str(ctx.device)), args, ctx.device)
@@ -157,6 +155,7 @@ def train_beside_one_process(
             "wire_bytes_formula": wanted_bytes,
             "wire_bytes_per_step": counted if args.by_hand else None,
             "step_ms": statistics.median(times_ms),
-            "peak_mem_gib": profiling.memory(ctx.device).peak_gib,
+            # On a CPU it would be the whole process's, with torch and the steps of one process in it.
+            "peak_mem_gib": profiling.memory(ctx.device).peak_gib if ctx.device.type == "cuda" else None,
             **further,
         }

@@ -28,15 +28,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ch02_hardware_parallelism.virtual_hosts import MESSAGE, MOUNTS, Cluster, address, described, nic_bytes
+from ch02_hardware_parallelism.virtual_hosts import MOUNTS, Cluster, address, described, nic_bytes
+from ch02_hardware_parallelism.virtual_links import MESSAGE
 from common import process, script
 
 __all__ = ["Cluster", "check_here", "described", "main", "nic_bytes", "parse_rate", "plan", "run", "why_not"]
 
-INSIDE = "from ch02_hardware_parallelism import virtual_hosts as hosts; hosts."
+INSIDE = "from ch02_hardware_parallelism import virtual_hosts, virtual_links; "
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL")
 TRIAL = """ && ip link add rack0 type bridge && ip link add port0 type veth peer name eth0 \
-&& tc qdisc add dev port0 root tbf rate 1gbit burst 20kb limit 1mb && unshare --net --uts true"""
+&& tc qdisc add dev port0 root tbf rate 1gbit burst 20kb limit 1mb && unshare --net --uts "$2" -I -S -c pass"""
+TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "umount", "sh")
 RATES = (12_500, 12.5e9)  # bytes per second: 100 kbit to 100 gbit
 MAX_HOSTS = 200  # in one /24
 
@@ -75,16 +77,15 @@ def why_not() -> str | None:
     """What this machine lacks for a virtual cluster and what to do, None if it can be made. Tries it: 50 ms."""
     if sys.platform != "linux":
         return "network namespaces are a thing of Linux; run this on Linux, or in a virtual machine that runs it"
-    env = environment()
-    if missing := [t for t in ("ip", "tc", "unshare", "nsenter", "mount") if not shutil.which(t, path=env["PATH"])]:
+    if missing := [tool for tool in TOOLS if not shutil.which(tool, path=environment()["PATH"])]:
         return f"{' and '.join(missing)} not found; install iproute2 and util-linux (make system-deps)"
-    command = unshare()
-    tried = subprocess.run(
-        [*command, "sh", "-c", MOUNTS + TRIAL], env=env, input="", capture_output=True, text=True, timeout=60
-    )
+    trial = [*(command := unshare()), "sh", "-c", MOUNTS + TRIAL, "sh", "", sys.executable]
+    tried = subprocess.run(trial, env=environment(), input="", capture_output=True, text=True, timeout=60)
     if tried.returncode == 0:
         return None
     said = ": ".join(tried.stderr.strip().splitlines()[-2:]) or f"exit {tried.returncode}"
+    if sys.executable in said:
+        return f"this Python cannot be started inside ({said}); take one in a folder that this user may read"
     if "qdisc kind is unknown" in said:
         return f"this kernel cannot shape links ({said}); load it: sudo modprobe sch_tbf"
     if "--user" in command:
@@ -118,11 +119,12 @@ def run(
     Paths start at the repository's root; `rate` and `uplink_rate` are in tc's units, `timeout_s` in seconds.
     A mistake is exit code 2 with its line on stderr; what is not done after `timeout_s` is stopped and `timed_out`.
     """
-    uplink = ["--uplink-rate", uplink_rate] if uplink_rate else []
-    sizes = {"--hosts": hosts, "--ranks": ranks, "--racks": racks, "--rate": rate, "--launch": launch}
-    flags = [word for name, value in sizes.items() for word in (name, str(value))] + uplink
-    line = [sys.executable, "-m", "ch02_hardware_parallelism.virtual_cluster", *flags, "--timeout-s", "1e9", "--"]
-    return process.run([*line, *command], timeout_s=timeout_s, env=env, on_line=on_line)
+    sizes = {"--uplink-rate": uplink_rate} if uplink_rate else {}
+    sizes |= {"--hosts": hosts, "--ranks": ranks, "--racks": racks, "--rate": rate, "--launch": launch}
+    sizes |= {"--timeout-s": timeout_s + 60}  # ours comes first
+    flags = [word for name, value in sizes.items() for word in (name, str(value))]
+    line = [sys.executable, "-m", "ch02_hardware_parallelism.virtual_cluster", *flags, "--", *command]
+    return process.run(line, timeout_s=timeout_s, env=env, on_line=on_line)
 
 
 def bring_up(
@@ -134,7 +136,7 @@ def bring_up(
     the kernel then kills all that it has started. Its last word there is the exit code.
     """
     plan = {"cluster": asdict(cluster), "launch": launch, "command": list(command), "on": on}
-    inside = [*unshare(), sys.executable, "-c", INSIDE + "switch()", json.dumps(plan)]
+    inside = [*unshare(), sys.executable, "-c", INSIDE + "virtual_hosts.switch()", json.dumps(plan)]
     ours, theirs = socket.socketpair()
     try:
         switch = subprocess.Popen(
@@ -236,7 +238,7 @@ def mbit(bytes_per_s: float) -> str:
 def check(cluster: Cluster, timeout_s: float) -> dict:
     """Bring it up, and hold what TCP gets between host0 and others against their links."""
     print(draw(cluster), flush=True)
-    command = [sys.executable, "-c", INSIDE + "measure()"]
+    command = [sys.executable, "-c", INSIDE + "virtual_links.measure()"]
     code, out = bring_up(cluster, "command", command, on=None, timeout_s=timeout_s, capture=True)
     if code:
         raise SystemExit(code)

@@ -13,9 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import statistics
-import struct
 import subprocess
 import sys
 import threading
@@ -30,11 +27,10 @@ from common.script import UserError, gpu_names
 MTU = 9000  # jumbo frames, as in real clusters: fewer packets for two cores to carry
 QUEUE = 64 * 2**20  # bytes that may wait at a port: more than TCP lets out of its windows, so that nothing is dropped
 GRACE_S = 3  # for the other hosts, when one has failed: they may have something to say about it
-MESSAGE = 2**16
 
-# The mount namespace's own /proc, where that is allowed, and its own /etc/hosts, from a tmpfs: no file is left.
+# The mount namespace's own /proc, where that is allowed, and $1 as its /etc/hosts, from a tmpfs: no file is left.
 MOUNTS = """mount -t proc proc /proc 2>/dev/null
-mount -t tmpfs tmpfs /tmp && cat >/tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp"""
+mount -t tmpfs tmpfs /tmp && printf '%s' "$1" >/tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp"""
 HOLDER = (
     "import os, socket, sys; socket.sethostname(sys.argv[1]); print(os.readlink('/proc/self'), flush=True); "
     "sys.stdin.read()"
@@ -90,7 +86,7 @@ def address(host: int) -> str:
 # ---------------------------------------------------------------- the network
 
 
-def do(command: Sequence[str], text: str) -> None:
+def do(command: Sequence[str], text: str = "") -> None:
     """Run one of the system's tools with `text` as its input.
 
     Raises:
@@ -138,7 +134,7 @@ def build(cluster: Cluster) -> list[Host]:
     """Make the hosts, plug them in, shape the links."""
     # Twice: torch looks for the name of an IPv4 peer in its IPv6 form too, and warns when there is none.
     names = "".join(f"{v6}{address(host)} host{host}\n" for v6 in ("", "::ffff:") for host in range(cluster.hosts))
-    do(["sh", "-c", MOUNTS], "127.0.0.1 localhost\n::1 localhost\n" + names)
+    do(["sh", "-c", MOUNTS, "sh", "127.0.0.1 localhost\n::1 localhost\n" + names])
     hosts = [Host.make(f"host{host}") for host in range(cluster.hosts)]
     bridges = [f"rack{rack}" for rack in range(cluster.racks)] + ["spine"] * (cluster.racks > 1)
     links = [line for name in bridges for line in (f"link add {name} type bridge", f"link set {name} up")]
@@ -285,63 +281,3 @@ def switch() -> NoReturn:
     for reader in readers:
         reader.join(1)  # something left behind may hold the pipe open
     leave(code)
-
-
-# ---------------------------------------------------------------- the measurement
-
-
-def exchange_s(sock: socket.socket, send: int, receive: int, *, idle_s: float = 0) -> float:
-    """Seconds to send so many bytes and to receive so many for an answer, after the link has been idle."""
-    time.sleep(idle_s)
-    message = struct.pack("!QQ", send, receive) + bytes(send)
-    begin = time.perf_counter()
-    sock.sendall(message)
-    sock.recv(receive, socket.MSG_WAITALL)
-    return time.perf_counter() - begin
-
-
-def serve(sock: socket.socket) -> None:
-    """Answer exchanges until the other side hangs up."""
-    while header := sock.recv(16, socket.MSG_WAITALL):
-        send, receive = struct.unpack("!QQ", header)
-        sock.recv(send, socket.MSG_WAITALL)
-        sock.sendall(bytes(receive))
-
-
-def connect(host: str, port: int) -> socket.socket:
-    """Try until the other host listens."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            return socket.create_connection((host, port))
-        except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def measure() -> None:
-    """On every host. host0 measures the paths to its neighbour and to the last host, and prints them as JSON."""
-    cluster, me = described(), int(os.environ["HOST_INDEX"])
-    assert cluster
-    peers = sorted({1, cluster.hosts - 1})
-    if me in peers:
-        with socket.create_server((address(me), 5201)) as listener:
-            sock, _ = listener.accept()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            serve(sock)
-    if me:
-        return
-    found = {}
-    for peer in peers:
-        size = int(min(max(cluster.link_bytes_per_s(0, peer) * 0.4, 2**18), 2**26))
-        with connect(f"host{peer}", 5201) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            exchange_s(sock, size // 4, size // 4)  # TCP's windows open
-            found[f"host{peer}"] = {
-                "rtt_s": statistics.median(exchange_s(sock, 1, 1) for _ in range(30)),
-                "message_s": statistics.median(exchange_s(sock, MESSAGE, 1, idle_s=0.02) for _ in range(9)),
-                "out_bytes_per_s": size / exchange_s(sock, size, 1),
-                "back_bytes_per_s": size / exchange_s(sock, 1, size),
-            }
-    print(json.dumps(found))

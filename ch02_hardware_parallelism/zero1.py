@@ -19,8 +19,17 @@ from torch import nn
 from ch02_hardware_parallelism import training
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.data_parallel import DataParallel
-from ch02_hardware_parallelism.strategy import MakeOptimizer, Strategy, trainable
+from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, trainable, trainable_bytes
 from common import script
+
+
+def wire_bytes(model: nn.Module, micro_batches: list[Batch], ranks: int) -> int:
+    """Payload that all ranks send in a step: reduce_scatter and all_gather of the padded vector, and all_reduce of
+    two numbers for the loss."""
+    itemsize = next(model.parameters()).element_size()
+    numbers = trainable_bytes(model) // itemsize
+    padded = numbers + -numbers % ranks
+    return (ranks - 1) * (padded + padded + 2 * 2) * itemsize
 
 
 class Zero1(DataParallel):
@@ -28,6 +37,8 @@ class Zero1(DataParallel):
 
     The optimizer must work number by number, as SGD and Adam do: it sees a slice that may begin inside a matrix.
     """
+
+    wire_bytes = staticmethod(wire_bytes)
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         super().__init__(model, comm, make_optimizer)
@@ -66,25 +77,15 @@ class Zero1(DataParallel):
         return squares
 
 
-def wire_bytes(trainable_numbers: int, ranks: int, itemsize: int) -> int:
-    """Payload that all ranks send in a step: reduce_scatter and all_gather of the padded vector, and all_reduce of
-    two numbers for the loss."""
-    padded = trainable_numbers + -trainable_numbers % ranks
-    return (ranks - 1) * (padded + padded + 2 * 2) * itemsize
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = training.flags(__doc__, by_hand=True).parse_args(argv)
     run = script.start(__file__, args)
-
-    def formula(model: nn.Module, ranks: int) -> int:
-        return wire_bytes(sum(p.numel() for _, p in trainable(model)), ranks, itemsize=4)
 
     def report(strategy: Strategy) -> dict:
         values = [v for state in strategy.optimizer.state.values() for v in state.values() if v.dim()]  # not the step
         return {"optimizer_state_bytes_per_rank": sum(v.numel() * v.element_size() for v in values)}
 
-    return training.train_beside_one_process(Zero1, args, run, formula, report)
+    return training.train_beside_one_process(Zero1, args, run, report)
 
 
 if __name__ == "__main__":

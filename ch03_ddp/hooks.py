@@ -171,6 +171,9 @@ HOOKS = {
 }
 
 
+STATEFUL = (Int8, powerSGD_hook.PowerSGDState)  # what such a hook holds back goes into the next step
+
+
 def register(ddp: DistributedDataParallel, name: str) -> object:
     """Give `ddp` the hook of that name, before its first backward. Returns the hook's state, None for "none".
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,10 +58,16 @@ class Preemption:
 def requeue(caught: signal.Signals) -> bool:
     """Ask Slurm to start this job again, now that it has saved. Whether it did.
 
-    SIGTERM needs no asking: whoever sends it (Slurm itself, torchrun when a node joins) knows what comes next.
+    A preempted job that leaves by itself within its GraceTime counts as completed: it must ask. SIGTERM without
+    preemption needs no asking (scancel means it, torchrun sends it when a node joins), and a job that does not count as
+    running any more is cancelled, or on its way back already.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if caught == signal.SIGTERM or not job or not shutil.which("scontrol"):
+    if not job or not shutil.which("scontrol"):
+        return False
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60).stdout
+    preempted = re.search(r"PreemptTime=\d", shown)
+    if "JobState=RUNNING" not in shown or (caught == signal.SIGTERM and not preempted):
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode:

@@ -120,7 +120,9 @@ def main(argv: list[str] | None = None) -> dict:
             model, bucket_mib=args.bucket_mib, static_graph=args.static_graph, bucket_view=not args.no_bucket_view
         )
         if ctx.world_size > 1:
-            hooks.register(ddp, args.hook)
+            remembers = hooks.register(ddp, args.hook)
+            if source and isinstance(remembers, hooks.STATEFUL):
+                log.warning(f"--hook {args.hook} has a memory that no checkpoint holds: this resume is not exact")
         feed = open_feed(args, corpus, ctx, state.get("position", 0))
         report = Report(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)

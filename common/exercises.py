@@ -205,9 +205,10 @@ def gpu_count() -> int:
 
 
 PROGRAMS = {
-    "slurm": "srun", "redis": "redis-server", "prometheus": "prometheus", "kube": "kubectl", "docker": "docker",
-    "nginx": "nginx", "nsys": "nsys",
+    "redis": "redis-server", "prometheus": "prometheus", "kube": "kubectl", "docker": "docker", "nginx": "nginx",
+    "nsys": "nsys",
 }  # fmt: skip
+SLURM = ("munged", "slurmctld", "slurmd", "srun")  # for a cluster of one's own on this machine
 ENVIRONMENTS = {"vllm", "sglang"}
 
 
@@ -229,18 +230,26 @@ def missing_for(need: str) -> str:
         return "" if os.geteuid() == 0 else "root"
     if need == "netns":
         return _namespaces_missing()
+    if need == "slurm":
+        lacking = [name for name in SLURM if not shutil.which(name, path=_system_path())]
+        return f"{', '.join(lacking)} (make system-deps)" if lacking else ""
     if need in PROGRAMS:
         return "" if shutil.which(PROGRAMS[need]) else f"{PROGRAMS[need]} (make system-deps)"
     if need in ENVIRONMENTS:
         return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
-    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", *PROGRAMS, *sorted(ENVIRONMENTS)]
+    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", *PROGRAMS, *sorted(ENVIRONMENTS)]
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
+
+
+def _system_path() -> str:
+    """PATH with the folders of system administration, which users often lack."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 @functools.cache
 def _namespaces_missing() -> str:
     """Whether networks of our own can be made here: tried, as the reasons against it are many."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # users often lack the latter
+    path = _system_path()
     if missing := [tool for tool in ("unshare", "ip", "tc") if not shutil.which(tool, path=path)]:
         return f"{' and '.join(missing)} (Linux, make system-deps)"
     trial = ["--net", "ip", "link", "add", "one", "type", "veth", "peer", "name", "two"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,15 @@ from typing import IO, Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Beside each Child: it reads a pipe whose other end only the starter has, and so learns of its end, be it by SIGKILL.
+GUARD = """
+import sys
+sys.stdin.read()
+sys.path.insert(0, sys.argv[2])
+from common.process import kill_marked
+kill_marked(sys.argv[1])
+"""
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,36 @@ class Finished:
         return f"exit {self.returncode}: {last[:300]}"
 
 
+def marked(mark: str) -> set[psutil.Process]:
+    """The living processes that were started with a variable of this name."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
+
+
+def kill_marked(mark: str) -> None:
+    """SIGKILL them all, and again: one that is being born has no variables of its own before its exec."""
+    quiet = 0
+    while quiet < 3:
+        alive = marked(mark)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        quiet = 0 if alive else quiet + 1
+        time.sleep(0.05)
+
+
 class Child:
     """A running command whose whole process tree is stopped when the `with` block is left, in whatever way.
 
-    The tree is known by a variable that all of it inherits: processes whose parent has ended belong to it as well as
-    those in sessions of their own. `on_line` is called with each line of stdout, `on_error` with each of stderr, from
-    threads.
+    When the starter itself is killed and can stop nothing, a guard does it. The tree is known by a variable that all of
+    it inherits: processes whose parent has ended belong to it as well as those in sessions of their own. `on_line` is
+    called with each line of stdout, `on_error` with each of stderr, from threads.
     """
-
-    _count = itertools.count()
 
     def __init__(
         self,
@@ -77,7 +107,14 @@ class Child:
         path = (
             f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this venv's python and torchrun
         )
-        self._mark = f"CHILD_{os.getpid()}_{next(self._count)}"  # its own name: a Child may start others
+        self._mark = f"CHILD_{uuid.uuid4().hex}"  # its own name: a Child may start others
+        self._guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, self._mark, str(ROOT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             self.command,
@@ -132,11 +169,7 @@ class Child:
             with contextlib.suppress(psutil.NoSuchProcess):
                 parent = psutil.Process(self.process.pid)
                 found = {parent, *parent.children(recursive=True)}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if self._mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
-                    found.add(process)
-        return list(found)
+        return list(found | marked(self._mark))
 
     def kill(self) -> None:
         """SIGKILL the whole tree at once, as a power cut or the out-of-memory killer would."""
@@ -165,6 +198,8 @@ class Child:
                     process.terminate()
             psutil.wait_procs(left, timeout=1)
         self.kill()
+        self._guard.kill()
+        self._guard.communicate()
 
     def __enter__(self) -> Child:
         return self

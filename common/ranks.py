@@ -4,7 +4,8 @@
     print(values(ranks))
 
 The processes are forked from a server that has imported torch once: a rank starts in milliseconds instead of three
-seconds. A rank that is not done at the limit is killed, and reported as timed out. (For scripts there is torchrun.)
+seconds. A rank that is not done at the limit is killed, and reported as timed out; it also ends when the process ends
+that called run_ranks, in whatever way. (For scripts there is torchrun.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,23 +92,27 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         folders, workers = [], []
         started = time.monotonic()
-        for position, variables in enumerate(environments(world_size, ranks, env)):
-            folder = Path(name) / str(position)
-            folder.mkdir()
-            worker = forkserver.Process(target=_call, args=(folder, variables, function, args))
-            worker.start()
-            folders.append(folder)
-            workers.append(worker)
-        waiting: dict[Any, int] = {worker.sentinel: position for position, worker in enumerate(workers)}
-        seconds = [timeout_s] * len(workers)
-        while waiting and (left := started + timeout_s - time.monotonic()) > 0:
-            for sentinel in wait(list(waiting), left):
-                seconds[waiting.pop(sentinel)] = time.monotonic() - started
-        for position in waiting.values():
-            workers[position].kill()
+        try:
+            for position, variables in enumerate(environments(world_size, ranks, env)):
+                folder = Path(name) / str(position)
+                folder.mkdir()
+                worker = forkserver.Process(target=_call, args=(folder, variables, function, args))
+                worker.start()
+                folders.append(folder)
+                workers.append(worker)
+            waiting: dict[Any, int] = {worker.sentinel: position for position, worker in enumerate(workers)}
+            seconds = [timeout_s] * len(workers)
+            while waiting and (left := started + timeout_s - time.monotonic()) > 0:
+                for sentinel in wait(list(waiting), left):
+                    seconds[waiting.pop(sentinel)] = time.monotonic() - started
+        finally:  # those that are not done, at the limit or when we are interrupted
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+            for worker in workers:
+                worker.join(10)
         answers = []
         for position, (folder, worker) in enumerate(zip(folders, workers, strict=True)):
-            worker.join(10)
             value = folder / "value"
             answers.append(
                 Rank(
@@ -121,7 +127,24 @@ def run_ranks(
         return answers
 
 
+def end_with_parent() -> None:
+    """In a process of the forkserver: end when the one ends that asked for it, be it by SIGKILL.
+
+    The forkserver, which is the parent in the system's eyes, would live on. It waits for a pipe that only the asker
+    holds open.
+    """
+    asker = multiprocessing.parent_process()
+    assert asker
+
+    def wait_for_end() -> None:
+        asker.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
 def _call(folder: Path, variables: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    end_with_parent()
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common.process import ROOT, Finished
+from common.ranks import end_with_parent
 from tests.spawn import forkserver
 
 
 def _child(
     script: str, argv: list[str], env: Mapping[str, str], out: str, err: str, before: Callable[[], None] | None
 ) -> None:
+    end_with_parent()
     for path, descriptor in ((out, 1), (err, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, descriptor)

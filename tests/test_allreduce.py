@@ -320,7 +320,7 @@ def wrong_ring(tmp: str, module: str, *flags: str) -> None:
     ("module", "flags", "wrong", "says"),
     [
         ("bench_ring", ["--sizes-mib", "1"], 5, "5 all-reduces gave wrong sums"),
-        ("topologies", ["--sizes-kib", "1,4"], 8, "wrong sums by ring:"),
+        ("topologies", ["--sizes-kib", "1,64"], 17, "wrong sums by ring:"),
     ],
 )
 def test_wrong_sums_have_a_result_and_exit_code_1(

@@ -6,14 +6,18 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from common import dist, script
+from common import dist, process, script
 from common.dist import compress, first_slurm_host, read_launch
 from common.script import UserError
 from tests.spawn import Rank, free_port, rank_environment, run_ranks, run_script, torchrun, values
@@ -262,6 +266,36 @@ def leave_early(rank_1_stays_until: str) -> str:
 def test_rank_0_serves_the_store_until_the_last_rank_left(until: str, said: str) -> None:
     """And where the last rank takes longer than the session's timeout, both still end well."""
     assert values(run_ranks(leave_early, 2, until, timeout_s=END)) == ["left", said]
+
+
+def stay(folder: str) -> None:
+    Path(folder, os.environ["RANK"]).touch()
+    signal.pause()
+
+
+STARTER = """
+import sys
+from common import ranks, script
+from tests.test_common_dist import stay
+script.run(lambda: ranks.values(ranks.run_ranks(stay, 2, sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(("by", "code", "said"), [("INT", 130, "interrupted\n"), ("TERM", -15, ""), ("KILL", -9, "")])
+def test_ranks_end_with_the_one_who_started_them(by: str, code: int, said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STARTER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=process.ROOT, stderr=subprocess.PIPE, text=True) as starter:
+        deadline = time.monotonic() + END
+        while len(list(tmp_path.iterdir())) < 2:
+            assert starter.poll() is None
+            assert time.monotonic() < deadline
+        family = psutil.Process(starter.pid).children(recursive=True)
+        assert len(family) >= 3  # the forkserver and two ranks
+        starter.send_signal(getattr(signal, f"SIG{by}"))
+        _, err = starter.communicate(timeout=10)
+    assert (starter.returncode, err) == (code, said)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
 
 
 # ---------------------------------------------------------------- a start that fails

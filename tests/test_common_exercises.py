@@ -217,7 +217,8 @@ def test_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "here" in exercises.missing_for("memory_gib>=1000000")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "srun" in exercises.missing_for("slurm")
-    (tmp_path / "srun").touch(0o755)
+    for program in exercises.SLURM:
+        (tmp_path / program).touch(0o755)
     assert exercises.missing_for("slurm") == ""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "make setup-vllm" in exercises.missing_for("vllm")

@@ -382,6 +382,20 @@ def test_ctrl_c_leaves_nothing_running() -> None:
     assert family(mark) == []
 
 
+def test_a_child_ends_with_a_starter_that_can_stop_nothing() -> None:
+    mark = f"family-orphan-{os.getpid()}"
+    code = (
+        f"from common import process; process.run([*{FAMILY!r}, {mark!r}], timeout_s=300, on_line=lambda _: print(1))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "1\n"
+        starter.kill()
+    _, alive = psutil.wait_procs(family(mark), timeout=30)
+    assert alive == []
+
+
 def test_a_finished_command() -> None:
     lines: list[str] = []
     code = "import sys; print('a'); print('RESULT {\"x\": 1}'); print('error: y; z', file=sys.stderr); sys.exit(4)"

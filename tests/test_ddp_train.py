@@ -216,18 +216,30 @@ def test_all_ranks_leave_after_the_same_step(guilty: int) -> None:
     assert values(run_ranks(told_to_leave, 3, guilty, timeout_s=60)) == [(5, signal.SIGUSR1)] * 3
 
 
-def test_requeue_asks_slurm_only_when_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = tmp_path / "asked"
+@pytest.mark.parametrize(
+    ("caught", "state", "preempted", "asked"),
+    [
+        ("SIGUSR1", "RUNNING", "None", True),  # told before its limit, or by hand
+        ("SIGTERM", "RUNNING", "2026-01-01T00:00:00", True),  # preempted, with a GraceTime
+        ("SIGTERM", "RUNNING", "None", False),  # torchrun, for a node that joins
+        ("SIGTERM", "COMPLETING", "None", False),  # scancel
+        ("SIGUSR1", "COMPLETING", "None", False),
+    ],
+)
+def test_requeue_asks_slurm_only_when_it_should(
+    caught: str, state: str, preempted: str, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\necho "JobState={state} PreemptTime={preempted}"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert not preemption.requeue(signal.SIGUSR1)
+    assert not preemption.requeue(signal.Signals[caught])
+    assert not calls.exists()
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    assert not preemption.requeue(signal.SIGTERM)
-    assert preemption.requeue(signal.SIGUSR1)
-    assert asked.read_text() == "requeue 42\n"
+    assert preemption.requeue(signal.Signals[caught]) == asked
+    assert ("requeue 42" in calls.read_text()) == asked
 
 
 SMALL = ["--preset", "nano", "--seq-len", "32", "--batch-size", "2", "--val-tokens", "512", "--sample-tokens", "0"]

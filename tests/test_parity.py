@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ch02_hardware_parallelism import bugs, data_parallel, harness, museum, parity, zero1
+from ch02_hardware_parallelism import bugs, harness, museum, parity
 from ch02_hardware_parallelism.data_parallel import BucketedDataParallel, DataParallel
 from ch02_hardware_parallelism.harness import Case, Outcome, Problem, check
 from ch02_hardware_parallelism.strategy import share, token_count, trainable
@@ -49,14 +49,40 @@ def test_with_the_librarys_collectives_too() -> None:
     assert {o.wire_bytes for o in outcomes if o.strategy == "data-parallel"} == {0}  # the library's are not seen
 
 
-def test_bytes_of_data_parallelism_and_zero_are_those_of_the_formula(outcomes: list[Outcome]) -> None:
-    whole = {"data-parallel", "data-parallel-buckets", "zero-1"}
-    mine = [outcome for outcome in outcomes if outcome.strategy in whole and not outcome.case.frozen]
-    assert len(mine) == 6  # accumulation 1 in float64, 4 in float32
-    for outcome in mine:
-        formula = zero1.wire_bytes if outcome.strategy == "zero-1" else data_parallel.wire_bytes
-        itemsize = 8 if outcome.case.dtype == "float64" else 4
-        assert outcome.wire_bytes == formula(PARAMETERS[outcome.case.tied], outcome.case.ranks, itemsize) > 0
+def test_counted_bytes_are_exactly_those_of_the_formula(outcomes: list[Outcome]) -> None:
+    """Tied and untied, with frozen parameters and with uneven batches: by whatever has a formula, which is all of ours."""
+    done = [outcome for outcome in outcomes if not outcome.skipped]
+    assert {o.strategy for o in done if o.bytes_exact is None} == {n for n in harness.STRATEGIES if "library" in n}
+    counted = [o for o in done if o.bytes_exact is not None]
+    assert [f"{o.strategy}, {o.case}: {o.wire_bytes}" for o in counted if not o.bytes_exact or not o.wire_bytes] == []
+
+
+def test_bytes_of_data_parallelism_in_numbers(outcomes: list[Outcome]) -> None:
+    found = {
+        (o.strategy, o.case.tied): o.wire_bytes
+        for o in outcomes
+        if o.strategy in ("data-parallel", "zero-1") and not o.case.frozen
+    }
+    ranks = outcomes[0].case.ranks
+    for tied, itemsize in ((False, 8), (True, 4)):
+        assert found["data-parallel", tied] == 2 * (ranks - 1) * (PARAMETERS[tied] + 2) * itemsize
+        padded = -(-PARAMETERS[tied] // ranks) * ranks
+        assert found["zero-1", tied] == 2 * (ranks - 1) * (padded + 2) * itemsize
+
+
+def test_every_strategy_but_one_fits_eight_ranks() -> None:
+    """As on a node of eight GPUs: the problem grows with the ranks. One of the library wants a chunk for each stage."""
+    model = Problem().build(Case(8))
+    kinds = {name: harness.resolve(name)[1] for name in harness.STRATEGIES}
+    assert [name for name, kind in kinds.items() if kind.why_not(model, 8)] == ["library-1f1b"]
+    assert Problem().shape_for(Case(3)) == Problem.shape
+    assert {Problem().shape_for(Case(n)).heads for n in range(1, 7)} == {12, 15}
+
+
+def test_tensor_and_pipeline_parallelism_on_eight_ranks() -> None:
+    names = ["tensor-x-data", "sequence-parallel", "pipeline-1f1b"]
+    outcomes = check(names, [Case(8, 1, "float64", tied=True, frozen=True, uneven=True)])
+    assert [(o.diagnosis(), o.bytes_exact) for o in outcomes] == [("", True)] * 3
 
 
 # ---------------------------------------------------------------- the museum
@@ -230,7 +256,9 @@ def test_the_table_and_the_exit_codes() -> None:
     assert good.returncode == 0, good.stderr
     assert good.result["compared"] == 32
     assert good.result["wrong"] == 0
+    assert (good.result["bytes_compared"], good.result["bytes_exact"]) == (32, True)
     assert "zero-1" in good.stdout
+    assert good.stdout.count(" exact\n") == 2
     assert "WRONG" not in good.stdout
     bad = run_script(PARITY, ["--fault", "sum-instead-of-mean", "--ranks", "2", "--accumulation", "1"], timeout_s=120)
     assert bad.returncode == 1
@@ -244,6 +272,7 @@ def test_the_table_and_the_exit_codes() -> None:
     [
         (["--strategy", "nonsense"], "no strategy 'nonsense'; one of data-parallel"),
         (["--fault", "nonsense"], "no bug 'nonsense'; one of sum-instead-of-mean"),
+        (["--fault", ""], "no bug ''; one of"),
         (["--ranks", "0"], "--ranks: 0 is below 1"),
         (["--ranks", "9"], "take 1 to 8"),
         (["--fault", "mean-of-means", "--strategy", "zero-1"], "leave out --strategy"),
@@ -271,6 +300,10 @@ def test_matrix_marks_what_is_wrong() -> None:
     skipped = Outcome("c", Case(2), skipped="needs 4 ranks")
     lines = parity.matrix([fine, wrong, skipped]).splitlines()
     assert [("ok" in line, "WRONG" in line) for line in lines[2:]] == [(True, False), (False, True), (False, False)]
+    assert "bytes" not in lines[0]
+    more = replace(fine, wire_bytes=8, wire_bytes_formula=4)
+    assert parity.matrix([fine, more]).splitlines()[2].endswith("WRONG")
+    assert "8 bytes sent, by formula 4" in parity.explain([more])
 
 
 def test_what_a_loss_curve_tells() -> None:
@@ -285,6 +318,7 @@ def test_what_a_loss_curve_tells() -> None:
         (["--device", "cuda"], "the museum trains on CPU ranks"),
         (["--batch-size", "3"], "--batch-size 3 is less than the bugs need; take 4 or more"),
         (["--by-hand"], "--by-hand"),
+        (["--steps", "29"], "--steps 29 is no loss curve to judge by; take 30 or more"),
         (["--bug", "nonsense"], "no bug 'nonsense'"),
     ],
 )

@@ -19,7 +19,7 @@ from ch02_hardware_parallelism.pipeline_data_parallel import PipelineDataParalle
 from ch02_hardware_parallelism.pipeline_parallel import GPipe, OneFOneB, main
 from ch02_hardware_parallelism.schedules import bubble_formula, peak_live, schedule
 from ch02_hardware_parallelism.stages import wire_bytes
-from ch02_hardware_parallelism.timeline import Event, bubble, draw
+from ch02_hardware_parallelism.timeline import Event, bubble, busy_s, draw, nobody_s
 from common import dist
 from common.script import UserError
 from tests import inprocess
@@ -86,18 +86,13 @@ def test_the_bubble_of_a_recorded_timeline_and_its_picture(tmp_path: Path) -> No
     first = [Event(10, 11, "forward", 0), Event(13, 14, "backward", 0)]
     second = [Event(11, 12, "forward", 0), Event(12, 13, "backward", 0)]
     assert bubble([first, second]) == pytest.approx(0.5) == bubble_formula(2, 1)
+    assert (busy_s(first), nobody_s([first, second])) == (2, 0)
+    assert nobody_s([first, second[:1]]) == 1
     draw([first, second], "two stages", tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- parity and bytes
-
-
-def expected_bytes(outcome: Outcome) -> int:
-    case, problem = outcome.case, Problem()
-    step = list(problem.steps(case))[-1]
-    stages, replicas = (2, case.ranks // 2) if outcome.strategy == "pipeline-x-data" else (case.ranks, 1)
-    return wire_bytes(problem.build(case), step, stages, replicas)
 
 
 def assert_parity(outcomes: list[Outcome]) -> None:
@@ -118,7 +113,7 @@ def test_gradients_are_those_of_one_process_and_every_byte_is_accounted_for(rank
     assert_parity(outcomes)
     for outcome in outcomes:
         if outcome.case.by_hand:
-            assert outcome.wire_bytes == expected_bytes(outcome), outcome
+            assert outcome.bytes_exact, outcome
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -260,6 +255,8 @@ def test_the_script_on_two_ranks(tmp_path: Path) -> None:
     assert result["largest_loss_difference"] < 1e-4
     assert result["bubble_formula"] == pytest.approx(0.2)
     assert 0 < result["bubble_measured"] < 1
+    assert len(result["busy_ms_by_stage"]) == 2
+    assert 0 < result["nobody_computes_ms"] < result["step_ms"]
     assert result["live_activations_first_stage"] == 2
     assert (tmp_path / "timeline.png").stat().st_size > 1000
 

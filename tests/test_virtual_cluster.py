@@ -112,13 +112,30 @@ def test_a_mistake_is_one_line() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-@pytest.mark.parametrize("absent", ["ip", "tc", "unshare", "nsenter"])
+@pytest.mark.parametrize("absent", virtual_cluster.TOOLS)
 def test_a_tool_that_is_not_installed(absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tool in {"ip", "tc", "unshare", "nsenter", "mount"} - {absent}:
+    for tool in {*virtual_cluster.TOOLS} - {absent}:
         (tmp_path / tool).symlink_to("/bin/true")
     monkeypatch.setattr(virtual_cluster, "environment", lambda: {"PATH": str(tmp_path)})
     reason = virtual_cluster.why_not()
     assert reason == f"{absent} not found; install iproute2 and util-linux (make system-deps)"
+
+
+@needs_namespaces
+def test_a_python_that_cannot_be_started_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("may be read, not executed")
+    monkeypatch.setattr(virtual_cluster.sys, "executable", str(tmp_path / "python"))
+    reason = virtual_cluster.why_not() or ""
+    assert "this Python cannot be started inside" in reason
+    assert "Permission denied" in reason
+    assert "; take one" in reason
+
+
+def test_the_trial_needs_no_tool_that_is_not_asked_for() -> None:
+    text = virtual_hosts.MOUNTS + virtual_cluster.TRIAL
+    used = set(re.findall(r"(?:^|&&)\s*(\w+)", text, re.MULTILINE))
+    assert len(used) > 4
+    assert used <= {*virtual_cluster.TOOLS, "printf"}  # which is the shell's own
 
 
 def test_elsewhere_than_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +394,9 @@ def namespaces(pids: list[int] | None = None) -> set[str]:
     return found
 
 
+CALLER = "from ch02_hardware_parallelism import virtual_cluster as vc; vc.run(['sleep', '600'], launch='command')"
 PARTS = {  # in the order in which they come: how their command lines begin
+    "caller": r"\S+ -c from ch02_hardware_parallelism import virtual_cluster",
     "cli": r"\S+ -m ch02_hardware_parallelism.virtual_cluster ",
     "trial": r"unshare .* sh -c mount ",
     "unshare": r"unshare .*virtual_hosts",
@@ -393,12 +412,15 @@ def part(mark: str, name: str) -> int | None:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+def started(tmp_path: Path, victim: str) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    command = (
+        [sys.executable, "-c", CALLER] if victim == "caller" else [*CLI, "--launch", "command", "--", "sleep", "600"]
+    )
     mark = f"VIRTUAL_CLUSTER_TEST_{os.getpid()}_{next(_marks)}"
     env = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
     said = tmp_path / "stderr"
     with said.open("wb") as file:
-        child = subprocess.Popen([*CLI, "--launch", "command", "--", "sleep", "600"], cwd=ROOT, env=env, stderr=file)
+        child = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
     yield child, mark, said
     for pid in living(mark):
         os.kill(pid, signal.SIGKILL)
@@ -409,6 +431,9 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path
 @pytest.mark.parametrize(
     ("when", "victim", "by", "code"),
     [
+        ("cli", "caller", "KILL", -9),
+        ("switch", "caller", "KILL", -9),
+        ("command", "caller", "KILL", -9),
         ("cli", "cli", "KILL", -9),
         ("trial", "cli", "KILL", -9),
         ("unshare", "cli", "KILL", -9),
