@@ -150,8 +150,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     run = script.start(__file__, args)
-    if dist.read_launch().world_size == 1:
-        raise script.UserError("the peers are loops around DDP, which needs ranks; start it with torchrun, 2 or more")
     with dist.session(args.device, threads=args.threads) as ctx:
         result = measure(args, ctx, run)
         if ctx.is_main:

@@ -258,7 +258,7 @@ def test_without_accelerate_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
         (ladder.main, ["--profile", "overlap"], "no rung 'overlap' here"),  # on one rank
         (ladder.main, ["--preset", "nonsense"], "no model 'nonsense'"),
         (bench_peers.main, ["--peers", "nonsense"], "no peer 'nonsense'; one of torch-ddp"),
-        (bench_peers.main, ["--peers", "torch-ddp"], "start it with torchrun"),
+        (bench_peers.main, ["--starts", "0"], "0 is below 1"),
         (precision.main, ["--steps", "2"], "2 is below 3"),
     ],
 )
