@@ -7,8 +7,8 @@ GPU node    torchrun --standalone --nproc-per-node=gpu ch03_ddp/train_ddp.py --p
                 --seq-len 1024 --lr 6e-4 --compile
 Two hosts   python -m ch02_hardware_parallelism.virtual_cluster --launch torchrun -- ch03_ddp/train_ddp.py --steps 20
 Cluster     sbatch ch03_ddp/launch/train.sbatch ch03_ddp/train_ddp.py --preset 1b --global-batch 512 --compile
-You see     the loss fall below a bigram model's, along the same curve on 1, 2 or 4 ranks if --global-batch is the same;
-            tokens/s, MFU where the hardware's peak is known, and one hash of the weights on all ranks
+You see     the loss fall, with --steps 2000 below a bigram model's, along the same curve on 1, 2 or 4 ranks if
+            --global-batch is the same; tokens/s, MFU where the peak is known, one hash of the weights on all ranks
 """
 
 from __future__ import annotations

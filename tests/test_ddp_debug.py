@@ -161,13 +161,19 @@ def late() -> Any:
         (absent_checked, "deadlock", "rank 1 never entered all_reduce #"),
         (another_dtype, "shape", "rank 1 called all_reduce #1 with float64 [4]"),
         (another_operation, "order", "rank 1 called all_reduce(MAX) #1"),
-        (silent, "order", "rank 1 called broadcast #1"),
     ],
 )
 def test_other_faults(job: Callable[[], Any], cause: str, words: str) -> None:
     said = values(run_ranks(job, RANKS, timeout_s=LIMIT_S))
     assert {verdict.cause for verdict in said} == {cause}
     assert all(words in verdict.text for verdict in said), said
+
+
+def test_a_broadcast_that_nobody_receives() -> None:
+    """gloo may let the root go on or keep it waiting: then it called too much, or the others are through too early."""
+    said = values(run_ranks(silent, RANKS, timeout_s=LIMIT_S))
+    assert {verdict.cause for verdict in said} in ({"order"}, {"uneven"})
+    assert all("rank 1" in verdict.text and "broadcast" in verdict.text for verdict in said), said
 
 
 def test_what_is_late_and_comes_is_no_fault() -> None:
