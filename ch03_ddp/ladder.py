@@ -11,7 +11,8 @@ You see     a table and a plot of the rungs: step time, tokens/s, the factor ove
             memory, MFU where the peak is known, and losses that agree where the change must not change them
 
 All rungs live in one process and take turns, a few steps a round, in an order drawn anew: a machine that slows down
-slows all of them. A factor is the median over the rounds, of two rungs in the same round.
+slows all of them. A factor is the median over the rounds, of two rungs in the same round. Where a model's memory lies
+moves its speed by some percent for as long as it lives, so all are built anew several times, in an order drawn anew.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ WARM_UP = 4  # steps: memory is allocated, code compiled, and DDP settles on its
 # training doubles a difference again and again, the more so as low precision rounds it up.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 5e-3}
 COMPARED = 10
+VERDICTS = {"pays": "pays on this machine", "costs": "costs", "within_noise": "within the noise"}
 
 
 @dataclass
@@ -76,25 +78,29 @@ class Measured:
 def measure(rungs: list[Rung], args: argparse.Namespace, ctx: dist.Context, run: script.Run) -> list[Measured]:
     """Train each rung for the same number of steps: all in turns, or with --one-at-a-time one after the other."""
     rows = data.Blocks(training.load_corpus(args).train, args.seq_len)
-    done: list[Measured] = []
-    progress = Progress(len(rungs) * args.rounds, "rounds")
-    for group in [[rung] for rung in rungs] if args.one_at_a_time else [rungs]:
-        alive = [start(rung, args, rows, ctx, run) for rung in group]
-        order = random.Random(args.seed)  # the same on all ranks
-        for _ in range(args.rounds):
-            for trainee, measured in order.sample(alive, len(alive)):
-                spent_ms = timed_ms(partial(repeat, trainee.step, args.steps), ctx.device)
-                measured.step_ms.append(spent_ms / args.steps)
-                progress.update(sum(len(m.step_ms) for m in done) + sum(len(m.step_ms) for _, m in alive))
-        for trainee, measured in alive:
-            measured.losses = trainee.all_losses()
-            trainee.close()
-            done.append(measured)
-        del alive, trainee
-        gc.collect()  # a DDP model is part of a cycle
-        if ctx.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return done
+    found: dict[str, Measured] = {}
+    order = random.Random(args.seed)  # the same on all ranks
+    progress, done = Progress(args.starts * args.rounds * len(rungs), "rounds"), 0
+    for number in range(args.starts):
+        for group in [[rung] for rung in rungs] if args.one_at_a_time else [rungs]:
+            alive = {}
+            for rung in order.sample(group, len(group)) if number else group:
+                trainee = alive[rung.name] = Trainee(rung, args, rows, ctx)
+                warm_up_s = warm_up(trainee)
+                if rung.name not in found:
+                    found[rung.name] = first_look(trainee, warm_up_s, run.path("trace.json"))
+            for _ in range(args.rounds):
+                for name in order.sample(list(alive), len(alive)):
+                    spent_ms = timed_ms(partial(repeat, alive[name].step, args.steps), ctx.device)
+                    found[name].step_ms.append(spent_ms / args.steps)
+                    done += 1
+                    progress.update(done)
+            for name, trainee in alive.items():
+                found[name].losses = found[name].losses or trainee.all_losses()
+                trainee.close()
+            del alive, trainee
+            forget(ctx.device)
+    return [found[rung.name] for rung in rungs]
 
 
 def repeat(action: Callable[[], object], times: int) -> None:
@@ -102,19 +108,29 @@ def repeat(action: Callable[[], object], times: int) -> None:
         action()
 
 
-def start(
-    rung: Rung, args: argparse.Namespace, rows: data.Blocks, ctx: dist.Context, run: script.Run
-) -> tuple[Trainee, Measured]:
-    trainee = Trainee(rung, args, rows, ctx)
+def warm_up(trainee: Trainee) -> float:
+    """The first steps; the seconds that they took."""
     begin = time.perf_counter()
-    for _ in range(WARM_UP):
-        trainee.step()
+    repeat(trainee.step, WARM_UP)
     trainee.losses[-1].item()  # waits for the device
-    warm_up_s = time.perf_counter() - begin
-    keep = run.path("trace.json") if ctx.is_main and rung.name == args.profile else None
+    return time.perf_counter() - begin
+
+
+def first_look(trainee: Trainee, warm_up_s: float, trace: Path) -> Measured:
+    """Some steps under the profiler, which are not timed."""
+    rung, args, ctx = trainee.rung, trainee.args, trainee.ctx
+    keep = trace if ctx.is_main and rung.name == args.profile else None
     profile = step_profile.profile(trainee.step, ctx.device, keep=keep)
     tokens = trainee.sequences * args.seq_len
-    return trainee, Measured(rung, tokens, warm_up_s, trainee.held_bytes() + profile.peak_bytes, profile)
+    return Measured(rung, tokens, warm_up_s, trainee.held_bytes() + profile.peak_bytes, profile)
+
+
+def forget(device: torch.device) -> None:
+    """Free the models of one start: a DDP model is part of a cycle, and compiled code counts against a limit."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def loss_differences(found: list[Measured]) -> dict[str, float]:
@@ -138,6 +154,12 @@ def check_losses(found: list[Measured], result: dict[str, Any]) -> None:
             )
 
 
+def verdict(quartiles: list[float]) -> str:
+    """Of a factor: within the noise where the quartiles lie on both sides of 1."""
+    low, _, high = quartiles
+    return "pays" if low > 1 else "costs" if high < 1 else "within_noise"
+
+
 def summary(found: list[Measured], args: argparse.Namespace, ctx: dist.Context) -> dict[str, Any]:
     differences = loss_differences(found)
     result: dict[str, Any] = {
@@ -145,7 +167,7 @@ def summary(found: list[Measured], args: argparse.Namespace, ctx: dist.Context) 
         "rungs": len(found),
         "top_over_baseline": found[-1].over(found[0])[1],
         "largest_loss_difference": float(np.max([0.0, *differences.values()])),
-        "does_not_pay": [now.rung.name for before, now in pairwise(found) if now.over(before)[1] < 1],
+        **{said: [n.rung.name for b, n in pairwise(found) if verdict(n.over(b)) == said] for said in VERDICTS},
         "memory_source": "cuda allocator" if ctx.device.type == "cuda" else "torch.profiler's memory events",
     }  # fmt: skip
     flops = profiling.flops_per_token(lm.config(args.preset, args.seq_len), args.seq_len)
@@ -164,9 +186,9 @@ def summary(found: list[Measured], args: argparse.Namespace, ctx: dist.Context) 
             f"{name}_mfu": profiling.mfu(now.rate / ctx.world_size, flops, ctx.device, dtype),
             f"{name}_hidden": now.profile.hidden,
         }
-    for before, now in pairwise(found):
-        if now.rung.name == "compile":
-            result["compile_warm_up_s"] = now.warm_up_s - before.warm_up_s
+    for now in found:
+        if now.rung.name == "compile":  # beyond what as many steps take later
+            result["compile_warm_up_s"] = max(0.0, now.warm_up_s - WARM_UP * now.median_ms / 1e3)
     return result
 
 
@@ -188,8 +210,7 @@ def show(found: list[Measured], result: dict[str, Any], profiled: str | None) ->
         print(f"{measured.rung.name:29}" + "".join(f"{measured.profile.ms[kind]:17.1f}" for kind in KINDS)
               + f"{'' if hidden is None else f'{hidden:.0%}':>9}")  # fmt: skip
     print(f"\nlosses of exact changes agree to {result['largest_loss_difference']:.1e} over {COMPARED} steps")
-    if slower := result["does_not_pay"]:
-        print(f"does not pay on this machine: {', '.join(slower)}")
+    print("; ".join(f"{words}: {', '.join(result[said]) or 'none'}" for said, words in VERDICTS.items()))
     if warm_up_s := result.get("compile_warm_up_s"):
         compiled = next(i for i, m in enumerate(found) if m.rung.name == "compile")
         saved_s = (found[compiled - 1].median_ms - found[compiled].median_ms) / 1e3
@@ -210,7 +231,8 @@ def draw(found: list[Measured], result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 0.45 * len(found) + 1.2), layout="constrained")
     names = [measured.rung.name for measured in found]
     factors = [result[f"{name}_x_before"] for name in names]
-    colors = ["#8a8a8a", *("#1f5c99" if factor >= 1 else "#b3541e" for factor in factors[1:])]
+    shades = {"pays": "#1f5c99", "costs": "#b3541e", "within_noise": "#9db8d2"}
+    colors = ["#8a8a8a", *(shades[verdict(now.over(before))] for before, now in pairwise(found))]
     bars = axes.barh(names, [measured.rate for measured in found], color=colors)
     axes.bar_label(bars, ["", *(f"× {factor:.2f}" for factor in factors[1:])], fontsize=9, padding=3)
     axes.invert_yaxis()
@@ -232,8 +254,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bucket-mib", type=script.positive, help="default: a quarter of the gradients, at most 25")
     parser.add_argument("--accumulation", type=script.at_least(1), default=4, help="micro-batches on the last rung")
     parser.add_argument("--without", type=script.comma_list(str), default=[], help="rungs to leave out")
-    parser.add_argument("--rounds", type=script.at_least(1), default=10)
-    parser.add_argument("--steps", type=script.at_least(1), default=3, help="of each rung in each round")
+    parser.add_argument("--starts", type=script.at_least(1), default=4, help="build all rungs anew so many times")
+    parser.add_argument("--rounds", type=script.at_least(1), default=5, help="of each start")
+    parser.add_argument("--steps", type=script.at_least(1), default=2, help="of each rung in each round")
     parser.add_argument("--one-at-a-time", action="store_true", help="one model in memory; drift is not shared")
     parser.add_argument("--profile", metavar="RUNG", help="keep its trace, and list its operators")
     parser.add_argument("--threads", type=script.at_least(1), help="CPU threads a rank (default: cores / local ranks)")

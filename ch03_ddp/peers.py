@@ -216,7 +216,9 @@ def forget_accelerate() -> None:
     state.GradientState._shared_state = {}
 
 
-PEERS: dict[str, Callable[[Job, Done], None]] = {"torch-ddp": torch_ddp, "accelerate": accelerate, "trainer": trainer}
+Loop = Callable[[Job, Done], None]
+AGAIN = "ours-again"  # a control: how far from 1 the ratio of two equal loops is on this machine
+PEERS: dict[str, Loop] = {"torch-ddp": torch_ddp, "accelerate": accelerate, "trainer": trainer, AGAIN: ours}
 ACCELERATE = ("accelerate", "trainer")  # need that package
 
 
@@ -230,15 +232,20 @@ def check(names: list[str]) -> None:
         )
 
 
+class Stopped(BaseException):
+    """Leads a loop out of its library when it has had its last turn; no handler of errors takes it for one."""
+
+
 class Turns:
     """A loop in a thread of its own, which stands still but for the steps that it is given.
 
     So a loop that its library owns can be measured in turns with others, without being left or started anew.
     """
 
-    def __init__(self, loop: Callable[[Job, Done], None], job: Job, timeout_s: float) -> None:
+    def __init__(self, loop: Loop, job: Job, timeout_s: float) -> None:
         self.losses: list[torch.Tensor] = []
         self._left, self._timeout_s, self._error = 0, timeout_s, None
+        self._stopping = False
         self._go, self._stand = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(loop, job), daemon=True)  # ends with the process
         self._thread.start()
@@ -258,13 +265,21 @@ class Turns:
         if self._error:
             raise self._error
 
-    def _run(self, loop: Callable[[Job, Done], None], job: Job) -> None:
+    def stop(self) -> None:
+        """End the loop where it stands, and let go of its model."""
+        self._stopping = True
+        self._go.release()
+        self._thread.join(self._timeout_s)
+
+    def _run(self, loop: Loop, job: Job) -> None:
         self._go.acquire()
         try:
             if job.ctx.device.type == "cuda":
                 torch.cuda.set_device(job.ctx.device)
             loop(job, self._done)
             self._error = None if self._left == 0 else RuntimeError(f"the loop ended {self._left} steps early")
+        except Stopped:
+            pass
         except BaseException as error:
             self._error = error
         self._stand.release()
@@ -275,3 +290,5 @@ class Turns:
         if self._left == 0:
             self._stand.release()
             self._go.acquire()
+            if self._stopping:
+                raise Stopped

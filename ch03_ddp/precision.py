@@ -46,9 +46,11 @@ class Trainee(rungs.Trainee):
         step.update(self.model, self.optimizer, self.precision, max_norm=1.0)
 
     def count_zeros(self) -> None:
-        """One more backward pass, whose gradients are looked at and dropped."""
+        """One more backward pass, whose gradients are looked at and dropped. Before they are summed over the ranks: two
+        short numbers of opposite sign often are each other's negative, and their sum 0 without any being too small."""
         batch = next(self.feed)
-        step.backward(self.model, batch.micro_batches, batch.tokens, self.ctx.world_size, self.precision)
+        with step.no_sync(self.model):
+            step.backward(self.model, batch.micro_batches, batch.tokens, self.ctx.world_size, self.precision)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         self.zero_share = 1 - sum(g.count_nonzero().item() for g in gradients) / sum(g.numel() for g in gradients)
         self.optimizer.zero_grad()

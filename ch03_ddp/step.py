@@ -37,6 +37,11 @@ class Precision:
     def of(cls, dtype: torch.dtype, device: torch.device) -> Precision:
         return cls(dtype, device, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
+    def whole_step(self) -> torch.autocast:
+        """Around all micro-batches of a step: autocast's low-precision copies of the weights live until its outermost
+        context ends. This one casts nothing, and keeps them from one micro-batch to the next."""
+        return torch.autocast(self.device.type, self.dtype, enabled=False)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
@@ -91,15 +96,16 @@ def backward(
         This rank's part of that mean, 0-d: the parts of all ranks add up to it.
     """
     parts = []
-    for number, (inputs, targets) in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        # Before the last one gradients only add up here. The forward pass decides it, so it stands inside too.
-        with contextlib.nullcontext() if last else no_sync(model):
-            with precision.autocast():
-                loss = loss_sum(model, inputs, targets)
-            # Not loss.mean(): ranks and micro-batches hold unequal numbers of tokens. DDP divides by the ranks.
-            precision.scaler.scale(loss * (world_size / tokens)).backward()
-        parts.append(loss.detach() / tokens)
+    with precision.whole_step():
+        for number, (inputs, targets) in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            # Before the last one gradients only add up here. The forward pass decides it, so it stands inside too.
+            with contextlib.nullcontext() if last else no_sync(model):
+                with precision.autocast():
+                    loss = loss_sum(model, inputs, targets)
+                # Not loss.mean(): ranks and micro-batches hold unequal numbers of tokens. DDP divides by the ranks.
+                precision.scaler.scale(loss * (world_size / tokens)).backward()
+            parts.append(loss.detach() / tokens)
     return torch.stack(parts).sum()
 
 
