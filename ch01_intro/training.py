@@ -143,16 +143,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 def evaluate(model: nn.Module, corpus: data.Corpus, args: argparse.Namespace, ctx: Context) -> float:
     """Mean loss (nats a token) over the first --val-tokens of the validation text, shared out among the ranks."""
     blocks = data.Blocks(corpus.validation, args.seq_len)
-    mine = np.arange(ctx.rank, validation_blocks(corpus, args), ctx.world_size)
+    count = validation_blocks(corpus, args)
+    mine = np.arange(ctx.rank, count, ctx.world_size)
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens: ranks may have unequal shares
     dtype = compute_dtype(args.dtype, ctx.device)
     model.eval()
-    for start in range(0, len(mine), args.batch_size):
-        inputs, targets = blocks.batch(mine[start : start + args.batch_size])
+    for start in range(0, math.ceil(count / ctx.world_size), args.batch_size):
+        share = mine[start : start + args.batch_size]
+        # A sharded model's forward pass is a collective (chapter 4): a rank that is done takes part with any block.
+        inputs, targets = blocks.batch(share if len(share) else np.zeros(1, dtype=np.int64))
         with torch.autocast(ctx.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=inputs.to(ctx.device), use_cache=False).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.to(ctx.device).flatten(), reduction="sum")
-        total += torch.tensor([losses.item(), targets.numel()], dtype=torch.float64)
+        if len(share):
+            total += torch.tensor([losses.item(), targets.numel()], dtype=torch.float64)
     model.train()
     torch.distributed.all_reduce(total)
     return (total[0] / total[1]).item()

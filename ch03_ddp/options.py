@@ -21,6 +21,17 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
         UserError: one is wrong, or two contradict each other.
     """
     made = training.training_parser(doc, dtypes=("fp32", "bf16", "fp16"))
+    add_step_flags(made)
+    ddp = made.add_argument_group("DDP")
+    ddp.add_argument("--bucket-mib", type=positive, default=25, help="gradients travel in buckets of this size")
+    ddp.add_argument("--static-graph", action="store_true", help="promise that each step uses the same parameters")
+    ddp.add_argument("--no-bucket-view", action="store_true", help="gradients beside the buckets, not inside them")
+    ddp.add_argument("--hook", choices=list(hooks.HOOKS), default="none", help="what a bucket becomes on the wire")
+    add_survival_flags(made)
+    return check(made.parse_args(argv))
+
+
+def add_step_flags(made: argparse.ArgumentParser) -> None:
     batch = made.add_argument_group("the step")
     batch.add_argument("--global-batch", type=at_least(1), help="sequences a step over all ranks, in micro-batches of "
                        "--batch-size (default: one micro-batch a rank)")  # fmt: skip
@@ -30,11 +41,9 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     batch.add_argument("--compile", action="store_true", help="torch.compile each layer")
     batch.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto",
                        help="a thread makes the next step's batches; auto: on a GPU")  # fmt: skip
-    ddp = made.add_argument_group("DDP")
-    ddp.add_argument("--bucket-mib", type=positive, default=25, help="gradients travel in buckets of this size")
-    ddp.add_argument("--static-graph", action="store_true", help="promise that each step uses the same parameters")
-    ddp.add_argument("--no-bucket-view", action="store_true", help="gradients beside the buckets, not inside them")
-    ddp.add_argument("--hook", choices=list(hooks.HOOKS), default="none", help="what a bucket becomes on the wire")
+
+
+def add_survival_flags(made: argparse.ArgumentParser) -> None:
     survive = made.add_argument_group("checkpoints and survival")
     survive.add_argument("--val-every", type=at_least(0), default=0, help="steps between validations; 0: at the end")
     survive.add_argument("--keep", type=at_least(1), default=2, help="checkpoints to keep, beside the best")
@@ -42,7 +51,13 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     survive.add_argument("--preempt-signals", type=comma_list(parse_signal), default="TERM,USR1",
                          help="on these save at the end of the step, and leave")  # fmt: skip
     survive.add_argument("--record-samples", action="store_true", help="note in --out which sequences each rank took")
-    args = made.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    """
+    Raises:
+        UserError: two flags contradict each other.
+    """
     if args.resume == "never" and restarted():
         args.resume = "auto"
     if args.record_samples and args.out is None:

@@ -87,7 +87,7 @@ class Report:
 
     def validate(self, model: nn.Module, number: int) -> float:
         self.flush()
-        self.val_loss = training.evaluate(model, self.corpus, self.args, self.ctx)
+        self.val_loss = self.evaluate(model)
         log.info(f"validation after step {number}", loss=self.val_loss)
         if self.losses:
             self.losses.write(step=number, val_loss=self.val_loss)
@@ -105,9 +105,11 @@ class Report:
         args, ctx = self.args, self.ctx
         memory = profiling.memory(ctx.device)
         phases_ms = self.timer.median_ms(WARM_UP_STEPS)
-        hashes = ctx.gather(lm.weights_sha256(model))
+        hashes = ctx.gather(self.weights_sha256(model))
         if not preempted:
-            self.val_loss = training.evaluate(model, self.corpus, args, ctx)
+            self.val_loss = self.evaluate(model)
+            self.save_model(model)
+            self.sample(model)
         if not ctx.is_main:
             return {}
         rows = [row for row in Metrics.read(self.out / "losses.jsonl") if "loss" in row]
@@ -138,17 +140,29 @@ class Report:
             "memory_source": memory.source,
             **{f"{name}_ms": value for name, value in phases_ms.items()},
         }
-        if not preempted:
-            self._leave_results(model, history, result)
+        if not preempted and history and script.Run.current:
+            training.plot_losses(history, result, script.Run.current.path("loss.png"))
         return result
 
-    def _leave_results(self, model: nn.Module, history: list[float], result: dict[str, Any]) -> None:
-        args, run, tokenizer = self.args, script.Run.current, self.corpus.tokenizer()
-        if history and run:
-            training.plot_losses(history, result, run.path("loss.png"))
-        if args.sample_tokens:
-            text = training.sample(model, tokenizer, args.prompt, args.sample_tokens, args.seed)
-            print(f"--- the model continues {args.prompt!r}\n{text}\n---", flush=True)
-        if args.out:
-            lm.save(model, tokenizer, self.out / "model")
+    # What differs where no rank holds the whole model; there all ranks take part in each (chapter 4).
+
+    def evaluate(self, model: nn.Module) -> float:
+        return training.evaluate(model, self.corpus, self.args, self.ctx)
+
+    def weights_sha256(self, model: nn.Module) -> str:
+        return lm.weights_sha256(model)
+
+    def save_model(self, model: nn.Module) -> None:
+        if self.args.out and self.ctx.is_main:
+            lm.save(model, self.corpus.tokenizer(), self.out / "model")
             log.info("saved the model", folder=self.out / "model")
+
+    def sample(self, model: nn.Module) -> None:
+        if self.args.sample_tokens and self.ctx.is_main:
+            self.show_sample(model)
+
+    def show_sample(self, model: nn.Module) -> None:
+        args = self.args
+        text = training.sample(model, self.corpus.tokenizer(), args.prompt, args.sample_tokens, args.seed)
+        if self.ctx.is_main:
+            print(f"--- the model continues {args.prompt!r}\n{text}\n---", flush=True)

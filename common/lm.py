@@ -157,6 +157,11 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     model.save_pretrained(partial)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
+    appear(partial, folder, old)
+
+
+def appear(partial: Path, folder: Path, old: Path) -> None:
+    """Put a folder that is complete in the place of the one that may be there, which is set aside as `old` meanwhile."""
     for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

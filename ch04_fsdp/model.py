@@ -1,0 +1,69 @@
+"""A model, spread over the ranks and filled, from a preset's name or a checkpoint's: what every script here begins with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ch04_fsdp import weights
+from ch04_fsdp.sharding import Sharding, shard
+from common import lm
+from common.dist import Context
+from common.logs import get_logger
+from common.script import UserError
+
+log = get_logger()
+
+
+def build(
+    name: str, sharding: Sharding, ctx: Context, *, seq_len: int, seed: int = 0, dropout: float = 0.0
+) -> nn.Module:
+    """A preset with random weights, or a Hugging Face folder or hub id with its own. No rank ever holds it whole.
+
+    Returns:
+        What is to be called: the model itself, or DDP around it for replicate.
+
+    Raises:
+        UserError: there is no such model, it is too short for seq_len, or its checkpoint does not fit it.
+    """
+    config = lm.config(name, seq_len)
+    if seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {seq_len} is longer than the {config.max_position_embeddings} positions of {name}; shorten it"
+        )
+    config.attention_dropout = dropout
+    mesh = sharding.mesh(ctx.world_size, ctx.device, ctx.launch.local_world_size)
+    model = weights.plan(config)
+    home = ctx.device if sharding.offload == "none" else torch.device("cpu")  # where shards wait for their use
+    if sharding.strategy == "replicate":  # DDP compares the ranks' weights when it is made: there must be some
+        _fill(model, name, home, seed)
+        return shard(model, sharding, mesh)
+    shard(model, sharding, mesh)
+    _fill(model, name, home, seed)
+    return model
+
+
+def _fill(model: nn.Module, name: str, device: torch.device, seed: int) -> None:
+    weights.allocate(model, device)
+    if lm.is_preset(name):
+        weights.initialize(model, seed)
+    else:
+        read = weights.load(model, weights.checkpoint_files(name))
+        log.info("read the checkpoint", model=name, gib_on_this_rank=round(read / 2**30, 3))
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The transformers model, without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """What this rank holds of the parameters and of their gradients, between two steps."""
+    held = {"parameters": 0, "gradients": 0}
+    for parameter in model.parameters():
+        for kind, tensor in (("parameters", parameter), ("gradients", parameter.grad)):
+            if tensor is not None:
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                held[kind] += local.numel() * local.element_size()
+    return held

@@ -1,0 +1,73 @@
+"""The flags of the FSDP training script, and which of them a run that resumes must share with the one that saved."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ch01_intro import training
+from ch03_ddp import options as ddp_options
+from ch04_fsdp import recompute
+from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
+from common import data
+from common.dist import Context
+from common.script import UserError, at_least
+
+
+def add_sharding_flags(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("FSDP")
+    group.add_argument("--strategy", choices=STRATEGIES, default="full", help="see ch04_fsdp/sharding.py")
+    group.add_argument("--shard-ranks", type=at_least(1), help="hybrid: ranks that share one copy of the model "
+                       "(default: those of a node)")  # fmt: skip
+    group.add_argument("--recompute", default="none", help=f"activation checkpointing: {', '.join(recompute.CHOICES)}")
+    group.add_argument("--offload", choices=OFFLOADS, default="none", help="where shards and optimizer state live")
+    group.add_argument("--prefetch-layers", type=at_least(0), default=1, help="gathered ahead of the one that computes")
+    group.add_argument("--sync-each", action="store_true", help="reduce the gradients after each micro-batch: more "
+                       "messages, and only shards of gradients in memory")  # fmt: skip
+
+
+def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """The flags, checked against each other.
+
+    Raises:
+        UserError: one is wrong, or two contradict each other.
+    """
+    made = training.training_parser(doc)
+    ddp_options.add_step_flags(made)
+    add_sharding_flags(made)
+    ddp_options.add_survival_flags(made)
+    args = ddp_options.check(made.parse_args(argv))
+    sharding_of(args, torch.float32)  # a contradiction is found before anything is started
+    return args
+
+
+def sharding_of(args: argparse.Namespace, dtype: torch.dtype) -> Sharding:
+    return Sharding(
+        args.strategy, args.shard_ranks, dtype, args.recompute, args.offload, args.prefetch_layers,
+        getattr(args, "compile", False),
+    )  # fmt: skip
+
+
+def sharding(args: argparse.Namespace, ctx: Context) -> Sharding:
+    return sharding_of(args, training.compute_dtype(args.dtype, ctx.device))
+
+
+def check_batch(args: argparse.Namespace, ctx: Context) -> None:
+    """
+    Raises:
+        UserError: the ranks would make unequal numbers of forward passes, of which each is a collective.
+    """
+    if args.global_batch % ctx.world_size:
+        raise UserError(
+            f"--global-batch {args.global_batch} does not divide by {ctx.world_size} ranks; take a multiple: under "
+            "FSDP all ranks make the same number of passes"
+        )
+
+
+def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dict[str, Any]:
+    """What decides the course of the training. Neither the number of ranks nor how the model is spread is among it."""
+    names = ("preset", "steps", "seq_len", "lr", "warmup", "seed", "global_batch", "ragged", "clip", "dropout")
+    dtype = str(training.compute_dtype(args.dtype, ctx.device))
+    return {name: getattr(args, name) for name in names} | {"data": corpus.folder.name, "dtype": dtype}

@@ -1,0 +1,164 @@
+"""Weights for a model that no rank could hold: built without memory, sharded, and only then filled, row by row.
+
+model = shard(plan(config), sharding, mesh)        # shapes alone: on the meta device
+allocate(model, ctx.device)                        # memory for this rank's rows
+initialize(model, seed)  or  load(model, folder)   # random ones, or this rank's rows of a Hugging Face checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from common import lm
+from common.script import UserError
+
+
+def plan(config: Any) -> nn.Module:
+    """The model on the meta device: shapes and no memory, in float32, whatever type a checkpoint is in."""
+    return lm.build(config, "meta")
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
+    model.to_empty(device=device)
+    initialize_buffers(model)
+
+
+@torch.no_grad()
+def initialize_buffers(model: nn.Module) -> None:
+    for module in model.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            vars(module).pop("_is_hf_initialized", None)  # else it is taken for loaded
+            model._init_weights(module)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Random weights that depend on the seed and a parameter's name alone: the same model on any number of ranks.
+
+    Each rank draws the whole of one parameter at a time and keeps its rows. Norms are 1 and biases 0, as in Llama.
+    """
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+        generator = torch.Generator(parameter.device).manual_seed(number)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        whole.normal_(0.0, std, generator=generator)
+        parameter.copy_(_shard_like(whole, parameter))
+
+
+def _shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that every rank has, without a message."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def checkpoint_files(name: str) -> Path:
+    """The folder of a local Hugging Face checkpoint, or of one that is fetched from the hub.
+
+    Raises:
+        UserError: it cannot be found or fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"cannot fetch {name!r} from the hub ({reason}); give a local folder") from None
+
+
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """In which safetensors file each tensor lies.
+
+    Raises:
+        UserError: there is none, the index names one that is missing, or one is corrupt.
+    """
+    try:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = json.loads(index.read_text())["weight_map"]
+            found = {name: folder / file for name, file in names.items()}
+        else:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                found = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        if missing := next((path for path in found.values() if not path.exists()), None):
+            raise UserError(f"{missing} is missing, though the index names it; copy the whole checkpoint")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"no safetensors checkpoint in {folder} ({error}); it needs model.safetensors") from None
+    return found
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> int:
+    """Fill a sharded model from safetensors. Each rank reads its own rows from the disk; none holds a whole model.
+
+    Returns:
+        The bytes that this rank has read.
+
+    Raises:
+        UserError: a tensor is missing, of another shape or unreadable: the checkpoint is of another model.
+    """
+    found = files_of_tensors(folder)
+    read = 0
+    opened: dict[Path, Any] = {}
+    try:
+        for name, parameter in model.named_parameters():  # a tied one once
+            if name not in found:
+                raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
+            if found[name] not in opened:
+                opened = {found[name]: safe_open(found[name], framework="pt")}  # the one before is closed
+            stored = opened[found[name]].get_slice(name)
+            if tuple(stored.get_shape()) != tuple(parameter.shape):
+                raise UserError(
+                    f"{name} in {folder} is {list(stored.get_shape())}, the model's {list(parameter.shape)}; it is a "
+                    "checkpoint of another model"
+                )
+            own, rows = _own(parameter)
+            if own.numel():
+                part = stored[rows]
+                own.copy_(part)
+                read += part.numel() * part.element_size()
+    except SafetensorError as error:
+        raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
+    return read
+
+
+def _own(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """What this rank holds of a parameter, and which rows of the whole that is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, parameter.shape[0])
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), slice(offset[0], offset[0] + shape[0])
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole value of one parameter after another, sorted by name. A collective: all ranks must go through."""
+    for name, parameter in sorted(model.named_parameters()):
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        yield name, whole.detach()
+
+
+def sha256(model: nn.Module) -> str:
+    """common.lm.weights_sha256 of the whole model, however it is sharded."""
+    digest = hashlib.sha256()
+    for name, whole in whole_parameters(model):
+        digest.update(name.encode())
+        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
