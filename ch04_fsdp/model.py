@@ -1,4 +1,4 @@
-"""A model, spread over the ranks and filled, from a preset's name or a checkpoint's: what every script here begins with."""
+"""A model, spread over the ranks and filled: from a preset's name or from a checkpoint's."""
 
 from __future__ import annotations
 

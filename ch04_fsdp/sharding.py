@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks: what fully_shard is told for each strategy, and what is recomputed or offloaded.
+"""How a model is spread over the ranks: what fully_shard is told for each strategy, what is recomputed or offloaded.
 
     sharding = Sharding("hybrid", shard_ranks=2, recompute="block")
     model = shard(lm.build(config, "meta"), sharding, sharding.mesh(world_size=4, device=ctx.device))
@@ -122,7 +122,7 @@ def shard(model: nn.Module, sharding: Sharding, mesh: DeviceMesh) -> nn.Module:
 
 
 def prefetch(model: nn.Module, ahead: int) -> None:
-    """Gather the weights of the next `ahead` layers while one computes. 0: of none, which costs time and saves memory."""
+    """Gather the weights of the next `ahead` layers while one computes. 0: none: slower, and less memory."""
     layers: list[FSDPModule] = list(model.model.layers)
     for number, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])

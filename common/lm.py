@@ -161,7 +161,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def appear(partial: Path, folder: Path, old: Path) -> None:
-    """Put a folder that is complete in the place of the one that may be there, which is set aside as `old` meanwhile."""
+    """Give a complete folder its name; the one that may have it now is set aside as `old` meanwhile."""
     for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
