@@ -133,13 +133,21 @@ def resolve(strategy: str | type[Strategy]) -> tuple[str, Callable[..., Strategy
 
 
 def check_here(
-    strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem, ctx: dist.Context
+    strategies: Sequence[str | type[Strategy]],
+    cases: Sequence[Case],
+    problem: Problem,
+    ctx: dist.Context,
+    *,
+    in_turn: bool = False,
 ) -> list[Outcome]:
-    """Compare on the ranks that are here, one call a rank. The outcomes are those of all ranks, on every rank."""
+    """Compare on the ranks that are here, one call a rank. The outcomes are those of all ranks, on every rank.
+
+    in_turn: each strategy in one of the cases, the next in the next, instead of each in all.
+    """
     mine = []  # this rank's, told to the others at the end: two messages instead of two a comparison
-    for case in cases:
+    for number, case in enumerate(cases):
         wanted = reference(problem, case, ctx.device)
-        for strategy in strategies:
+        for strategy in strategies[number :: len(cases)] if in_turn else strategies:
             name, make = resolve(strategy)
             model = problem.build(case).to(ctx.device)
             if reason := make.why_not(model, case.ranks):  # type: ignore[attr-defined]
@@ -221,9 +229,11 @@ def _factor(found: torch.Tensor, wanted: torch.Tensor) -> float | None:
     )
 
 
-def _on_a_rank(strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem) -> list[Outcome]:
+def _on_a_rank(
+    strategies: Sequence[str | type[Strategy]], cases: Sequence[Case], problem: Problem, in_turn: bool
+) -> list[Outcome]:
     with dist.session("cpu", timeout_s=60, threads=1) as ctx:
-        return check_here(strategies, cases, problem, ctx)
+        return check_here(strategies, cases, problem, ctx, in_turn=in_turn)
 
 
 def check(
@@ -232,6 +242,7 @@ def check(
     problem: Problem | None = None,
     *,
     timeout_s: float = 300,
+    in_turn: bool = False,
 ) -> list[Outcome]:
     """Compare each strategy with one process in each case, on CPU ranks that are started here.
 
@@ -244,7 +255,7 @@ def check(
     outcomes: list[Outcome] = []
     for number, group in sorted(by_ranks.items()):
         ended = ranks.run_ranks(
-            _on_a_rank, number, strategies, group, problem or Problem(), timeout_s=timeout_s,
+            _on_a_rank, number, strategies, group, problem or Problem(), in_turn, timeout_s=timeout_s,
             env={"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"]},
         )  # fmt: skip
         outcomes += ranks.values(ended)[0]

@@ -5,10 +5,12 @@ An option is written strategy+offload+recompute(+more), as in full+cpu+mlp or hy
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ch02_hardware_parallelism.comm import Comm
@@ -18,6 +20,11 @@ from ch04_fsdp import recompute, step
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding, shard
 
 __all__ = ["OPTIONS", "RaggedLlama", "Sharded", "option"]
+
+
+@functools.cache  # a mesh of two dimensions makes process groups, which live as long as the process
+def _mesh(sharding: Sharding, ranks: int, device: torch.device) -> DeviceMesh:
+    return sharding.mesh(ranks, device)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,7 +43,7 @@ class Sharded(Strategy):
         if self.sharding.compile:  # as in chapter 3: a matrix asks for many variants, and none may go on uncompiled
             torch._dynamo.config.recompile_limit = 100
             torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.model = shard(model, self.sharding, self.sharding.mesh(comm.size, device))
+        self.model = shard(model, self.sharding, _mesh(self.sharding, comm.size, device))
         self.optimizer = make_optimizer(p for _, p in trainable(self.model))
 
     @classmethod
