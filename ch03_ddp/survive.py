@@ -35,13 +35,15 @@ log = get_logger()
 class Job:
     """A training in a folder that may be started, killed and started again."""
 
+    script = "ch03_ddp/train_ddp.py"
+
     def __init__(self, out: Path, args: argparse.Namespace) -> None:
         self.out, self.args, self.last_error = out, args, ""
 
     def command(self, ranks: int, flags: tuple[str, ...]) -> list[str]:
         a = self.args
         return [
-            "torchrun", "--standalone", f"--nproc-per-node={ranks}", "ch03_ddp/train_ddp.py", "--preset", a.preset,
+            "torchrun", "--standalone", f"--nproc-per-node={ranks}", self.script, "--preset", a.preset,
             "--steps", str(a.steps), "--out", str(self.out), "--save-every", str(a.save_every), "--resume", "auto",
             "--seed", str(a.seed), "--device", a.device, "--global-batch", str(a.global_batch), "--batch-size", "2",
             "--seq-len", str(a.seq_len), "--dtype", a.dtype, "--dropout", str(a.dropout), "--log-every", "1",

@@ -181,14 +181,20 @@ class Keeper(ddp_checkpoints.Keeper):
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
         except (CheckpointException, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{path} does not fit this model ({reason}); it is of another one") from None
+            raise UserError(f"{path} does not fit this model ({_reason(error)}); it is of another one") from None
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         own = path / f"rng-{self.ctx.rank}.pt"
         if own.exists():  # a rank that was not there keeps the stream it was seeded with
             training.restore_random_state(torch.load(own, weights_only=True))
         log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
         return meta["step"], meta["position"]
+
+
+def _reason(error: BaseException) -> str:
+    """In a few words. DCP wraps what went wrong on each rank in one exception, tracebacks and all."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:160]
 
 
 def _described(meta: dict[str, Any]) -> str:
