@@ -97,6 +97,7 @@ class Keeper(ddp_checkpoints.Keeper):
         if self.ctx.is_main:
             meta = {
                 "step": step, "position": position, "settings": self.settings, "ranks": self.ctx.world_size,
+                "torch": torch.__version__,
                 "files": {name: digest for part in hashes for name, digest in part.items()},
             }  # fmt: skip
             with (partial / "meta.json").open("w") as file:
@@ -177,6 +178,8 @@ class Keeper(ddp_checkpoints.Keeper):
                 raise UserError(
                     f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
                 )
+        if meta["torch"] != torch.__version__:
+            log.warning(f"{path} was saved by torch {meta['torch']}, this is {torch.__version__}")
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,22 @@ def check_batch(args: argparse.Namespace, ctx: Context) -> None:
             f"--global-batch {args.global_batch} does not divide by {ctx.world_size} ranks; take a multiple: under "
             "FSDP all ranks make the same number of passes"
         )
+
+
+def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the ranks have different versions of torch, flags, data or checkpoints; the line names what differs.
+    """
+    own = {"torch": torch.__version__, "checkpoint": source and source.name, **settings}
+    said = [json.loads(text) for text in ctx.exchange("start", json.dumps(own))]
+    for name in own:
+        values = list(dict.fromkeys(str(other[name]) for other in said))
+        if len(values) > 1:
+            raise UserError(
+                f"the ranks would start with different {name}: {' and '.join(values)}; give all nodes the same "
+                "environment, data, flags and checkpoints (a shared folder for --out)"
+            )
 
 
 def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
             out / "checkpoints", options.settings(args, corpus, ctx), ctx, keep=args.keep, in_background=args.async_save
         )
         source = keeper.find(args)
+        options.agree(ctx, source, keeper.settings)
         wrapped = model.build(args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout)
         inner = model.inner(wrapped)
         optimizer = training.make_optimizer(inner, args.lr)
