@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from ch01_intro import training
 from ch02_hardware_parallelism import harness
+from ch02_hardware_parallelism import model as models
+from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import Case
-from ch04_fsdp import checkpoints, export, model, parity, step, weights
-from ch04_fsdp.sharding import FSDP1_NAMES, STRATEGIES, Sharding
+from ch04_fsdp import checkpoints, export, model, options, parity, step, weights
+from ch04_fsdp.shard_by_hand import FullShardByHand, GradShardByHand
+from ch04_fsdp.sharding import FSDP1_NAMES, STRATEGIES, Sharding, shard
 from ch04_fsdp.strategies import OPTIONS, RaggedLlama, Sharded, option
 from common import dist, lm
 from common.script import UserError
@@ -108,13 +112,44 @@ def test_the_harness_sees_a_sum_and_a_wrong_norm() -> None:
     assert by_name["CountedTwice"].startswith("grad-norm off")
 
 
+def test_by_hand_computes_the_same_with_the_bytes_of_its_formula() -> None:
+    cases = [replace(case, by_hand=True) for case in parity.pairs([2, 3], [1, 4])]
+    found = harness.check([FullShardByHand, GradShardByHand], cases)
+    assert not [f"{o.strategy}: {o.skipped or o.diagnosis()}" for o in found if not o.ok]
+    assert all(o.bytes_exact for o in found)
+
+
+def units_in_memory(make: type[FullShardByHand]) -> tuple[int, int, int]:
+    """Layers whose weights are whole: at most in forward, at most in backward, and after the step."""
+    with dist.session("cpu", threads=1):
+        shape = models.Shape()
+        strategy = make(models.build(shape), Comm(), lambda p: torch.optim.SGD(p, lr=0.1))
+        layers = [flat for unit in strategy.units[1:] for flat in unit.flats]
+        forward, backward = [], []
+
+        def note(into: list[int]) -> None:
+            into.append(sum(flat.whole.untyped_storage().nbytes() > 0 for flat in layers))
+
+        for block in strategy.model.blocks:
+            block.mlp.register_forward_hook(lambda *_: note(forward))
+            block.mlp.register_full_backward_hook(lambda *_: note(backward))
+        batch = torch.arange(2 * shape.context).view(2, -1)
+        strategy.backward([(batch, batch)])
+        after: list[int] = []
+        note(after)
+        return max(forward), max(backward), after[0]
+
+
+def test_by_hand_holds_one_whole_layer_at_a_time() -> None:
+    assert values(run_ranks(units_in_memory, 2, FullShardByHand)) == [(1, 1, 0)] * 2
+    assert values(run_ranks(units_in_memory, 2, GradShardByHand)) == [(4, 4, 0)] * 2
+
+
 def accumulate(sync_each: bool) -> list[tuple[int, int]]:
     """After each of three micro-batches: how many parameters have a gradient shard, how many reductions were made."""
     with dist.session("cpu", threads=1) as ctx:
         sharding = Sharding()
         built = weights.plan(small())
-        from ch04_fsdp.sharding import shard
-
         shard(built, sharding, sharding.mesh(ctx.world_size, ctx.device))
         weights.allocate(built, ctx.device)
         weights.initialize(built, 0)
@@ -349,16 +384,14 @@ def test_every_strategy_tells_the_same_story(tmp_path: Path) -> None:
     assert told["full"]["held_parameters_gib"] == pytest.approx(half, rel=0.01)
 
 
-def mixed(rank: int) -> None:
-    from ch04_fsdp import options
-
+def mixed() -> None:
     with dist.session("cpu", threads=1) as ctx:
         torch.__version__ = f"2.1{3 - ctx.rank}.0"  # type: ignore[assignment]
         options.agree(ctx, None, {"preset": "nano"})
 
 
 def test_mixed_versions_of_torch_are_named() -> None:
-    for rank in run_ranks(mixed, 2, 0):
+    for rank in run_ranks(mixed, 2):
         assert rank.returncode != 0
         assert "different torch: 2.13.0 and 2.12.0" in rank.stderr
 
