@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ch03_ddp import diagnose, faults, planted
 from ch03_ddp.diagnose import alarm, watcher
+from ch03_ddp.diagnose.fingerprints import PART, fingerprint
 from ch03_ddp.diagnose.interpose import COLLECTIVES, described, message
 from ch03_ddp.diagnose.recorder import Call, line_of
 from ch03_ddp.diagnose.verdict import Report, Verdict, judge
@@ -327,12 +328,17 @@ def drifted() -> dict[str, Any]:
             tensor.view(torch.int32).flatten()[-1:].bitwise_xor_(1)
 
         changed("bit", model[0].weight, flip, 1)
+        changed("sign", model[0].weight, lambda x: x.view(-1)[1::6].neg_(), 2)
         changed("swap", model[0].weight, lambda x: x.copy_(x.flip(0)), 2)
         changed("norm", model[1].weight, lambda x: x.fill_(0.25), 0)
         changed("buffer", model[1].running_mean, lambda x: x.fill_(1), 1)
         changed("counter", model[1].num_batches_tracked, lambda x: x.add_(1), 2)
         changed("moment", optimizer.state[model[1].bias]["exp_avg"], lambda x: x.mul_(2), 1)
         said["restored"] = diagnose.desync(ctx, model, optimizer)
+        taken = optimizer.state.pop(model[1].bias) if ctx.rank == 2 else None
+        said["no state"] = diagnose.desync(ctx, model, optimizer)
+        if taken:
+            optimizer.state[model[1].bias] = taken
         changed("not asked", model[0].weight, lambda x: x.zero_() if ctx.rank else None, 1)
     return said
 
@@ -344,6 +350,7 @@ def test_desync_names_the_tensor_and_the_rank() -> None:
     assert said["restored"] is None
     expected = {
         "bit": (1, "parameter 0.weight"),
+        "sign": (2, "parameter 0.weight"),
         "swap": (2, "parameter 0.weight"),
         "norm": (0, "parameter 1.weight"),
         "buffer": (1, "buffer 1.running_mean"),
@@ -353,6 +360,25 @@ def test_desync_names_the_tensor_and_the_rank() -> None:
     for name, (rank, tensor) in expected.items():
         assert said[name].ranks == (rank,), said[name]
         assert f"another {tensor} than" in said[name].text
+    assert said["no state"].ranks == (2,)
+    assert "rank 2 holds nothing where ranks 0-1 hold optimizer step of 1.bias (float32 [])" in said["no state"].text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_every_bit_counts_and_so_does_its_place(dtype: torch.dtype) -> None:
+    tensor = torch.randn(37, generator=torch.Generator().manual_seed(0)).mul(50).abs().to(dtype)
+    found = {fingerprint(tensor).item()}
+    bits = tensor.view(torch.uint8)
+    for place in range(8 * len(bits)):
+        bits[place // 8] ^= 1 << place % 8
+        found.add(fingerprint(tensor).item())
+        bits[place // 8] ^= 1 << place % 8
+    found |= {fingerprint(tensor.roll(shift)).item() for shift in range(1, 37)}
+    assert len(found) == 1 + 8 * len(bits) + 36
+    large = torch.zeros(3 * PART)
+    large[1] = 1
+    assert fingerprint(large) != fingerprint(large.roll(PART))
+    assert fingerprint(large[1:]) == fingerprint(large[1:].clone())
 
 
 def asked() -> tuple[list[bool], Verdict | None, Verdict | None]:
