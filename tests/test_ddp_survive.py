@@ -30,12 +30,13 @@ def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -
 
 
 def test_a_node_is_lost_and_comes_back() -> None:
-    done = process.run("python ch03_ddp/elastic.py --steps 45 --seq-len 32", timeout_s=280)
+    done = process.run("python ch03_ddp/elastic.py", timeout_s=280)
     assert done.result is not None, done.stderr
     result = done.result
-    assert result["steps_on_one_node"] >= 10
-    assert result["steps_on_two_nodes"] >= 15
-    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 45
+    assert result["steps_on_one_node"] >= 1
+    assert result["steps_on_two_nodes"] >= 15 + result["steps_on_two_nodes_again"]
+    assert result["steps_on_two_nodes_again"] >= 1, "the second node came too late to train"
+    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 60
     assert result["ranks_at_the_end"] == 2
     assert result["largest_loss_difference"] < 1e-4
     assert result["sequences_equal"]
