@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ch03_ddp import diagnose, faults, planted
 from ch03_ddp.diagnose import alarm, watcher
 from ch03_ddp.diagnose.fingerprints import PART, fingerprint
-from ch03_ddp.diagnose.interpose import COLLECTIVES, described, message
+from ch03_ddp.diagnose.interpose import COLLECTIVES, bound, described, message, signature_of
 from ch03_ddp.diagnose.recorder import Call, line_of
 from ch03_ddp.diagnose.verdict import Report, Verdict, judge
 from common import dist
@@ -124,6 +125,10 @@ def another_operation() -> Any:
     return watched(body, check=True)
 
 
+def another_root() -> Any:
+    return watched(lambda ctx, _: td.broadcast(torch.ones(4), ctx.rank // 2), check=True)
+
+
 def own_error() -> Any:
     def body(ctx: Context, _: watcher.Watch) -> None:
         if ctx.rank == 1:
@@ -162,6 +167,7 @@ def late() -> Any:
         (absent_checked, "deadlock", "rank 1 never entered all_reduce #"),
         (another_dtype, "shape", "rank 1 called all_reduce #1 with float64 [4]"),
         (another_operation, "order", "rank 1 called all_reduce(MAX) #1"),
+        (another_root, "order", "rank 2 called broadcast(src=1) #1"),
     ],
 )
 def test_other_faults(job: Callable[[], Any], cause: str, words: str) -> None:
@@ -249,6 +255,15 @@ def test_under_torchrun_the_survivors_say_who_died() -> None:
     assert (result["cause"], result["rank"]) == ("death", 1)
 
 
+def test_a_process_id_means_something_at_home_only() -> None:
+    store, gone = td.HashStore(), subprocess.Popen(["true"])
+    gone.wait()
+    here = alarm.Alarm(store, 0, 3)
+    store.set("process/1", f"{gone.pid} {alarm.process_table()}")
+    store.set("process/2", f"{gone.pid} {alarm.process_table()}, in another container")
+    assert here.ended() == {1: f"its process {gone.pid} ended"}
+
+
 # ---------------------------------------------------------------- what the watch must not change
 
 
@@ -257,6 +272,7 @@ def trained() -> dict[str, list[torch.Tensor]]:
     originals = {name: getattr(td, name) for name in COLLECTIVES}
     wait, weights = td.Work.wait, {}
     with dist.session("cpu", timeout_s=60, threads=1) as ctx:
+        first = td.new_group([0])
         for kind in ("plain", "watched", "afterwards"):
             torch.manual_seed(0)
             ddp = DistributedDataParallel(planted.Model(), bucket_cap_mb=1e-4, gradient_as_bucket_view=True)
@@ -267,6 +283,9 @@ def trained() -> dict[str, list[torch.Tensor]]:
                 if watch:
                     watch.model(ddp)
                     assert td.all_reduce is not originals["all_reduce"]
+                    if ctx.rank == 0:  # the group by its place: it is no business of rank 1
+                        td.all_reduce(torch.ones(1), td.ReduceOp.SUM, first)
+                    td.barrier(first)
                 for _ in range(4):
                     ddp(planted.batch(ctx)).backward()
                     optimizer.step()
@@ -447,6 +466,30 @@ def test_judge_looks_into_each_group_by_itself() -> None:
     assert "where rank 1 waits" in verdict.text
 
 
+def test_judge_follows_the_waiting_to_its_cause() -> None:
+    """Rank 2 waits for ranks 0 and 1, and rank 0 in a small group for rank 1, which is elsewhere."""
+    groups = {"0": [0, 1, 2], "7": [0, 1]}
+    in_small = report(0, call(1), call(1, "broadcast", "7", done=False), groups=groups)
+    verdict = judged(in_small, report(1, call(1), groups=groups), report(2, call(1), call(2, done=False)))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("deadlock", (1,))
+    assert "never entered broadcast #1" in verdict.text
+    both = report(1, call(1), call(2, done=False), groups=groups)  # now each of the two waits for the other
+    verdict = judged(in_small, both, report(2, call(1), call(2, done=False)))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("order", (0, 1))
+    assert "rank 0 never entered all_reduce #2" in verdict.text
+    assert "rank 1 never entered broadcast #1" in verdict.text
+
+
+def test_judge_of_a_rank_that_is_far_ahead() -> None:
+    ahead = [call(number) for number in range(150, 250)]
+    verdict = judged(report(0, *ahead), report(1, call(1)), report(2, *ahead))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("deadlock", (1,))
+    assert "never entered all_reduce #150" in verdict.text
+
+
 def test_judge_blames_the_one_that_is_furthest_behind() -> None:
     verdict = judged(report(0, call(1), call(2), call(3, done=False)), report(1, call(1)), report(2, call(1), call(2)))
     assert verdict is not None
@@ -478,12 +521,21 @@ def test_of_two_ranks_the_first_is_the_measure() -> None:
 
 def test_reading_calls() -> None:
     x, y = torch.ones(2), torch.ones(3)
-    assert described("reduce", {"dst": 2, "op": td.ReduceOp.MIN}) == "reduce(dst=2, MIN)"
-    assert described("all_reduce", {"async_op": True}) == "all_reduce"
-    assert message((x, y), {}, 1) is y
-    assert message(([x], y), {}, 0) is x
-    assert message((), {"tensor": x}, 0) is x
-    assert message((), {}, None) is None
+
+    def read(name: str, *args: Any, **kwargs: Any) -> tuple[str, torch.Tensor | None]:
+        given = bound(getattr(td, name), args, kwargs)
+        return described(name, given), message(name, given)
+
+    assert read("reduce", x, dst=2, op=td.ReduceOp.MIN) == ("reduce(dst=2, MIN)", x)
+    assert read("all_reduce", tensor=x, async_op=True) == ("all_reduce", x)
+    assert read("all_reduce", x, td.ReduceOp.MAX) == ("all_reduce(MAX)", x)
+    assert read("broadcast", x, 1) == ("broadcast(src=1)", x)
+    assert read("all_gather", [x, x], y)[1] is y
+    assert read("reduce_scatter", y, [x])[1] is x
+    assert read("barrier") == ("barrier", None)
+    assert read("all_reduce") == ("all_reduce", None)  # torch will say what is missing
+    for name, argument in COLLECTIVES.items():
+        assert not argument or argument in signature_of(getattr(td, name)).parameters, name
     frames = [{"filename": torch.__file__, "line": 1}, {"filename": "/a/train.py", "line": 88}]
     assert line_of(frames) == "train.py:88"
     assert line_of([]) == "unknown line"

@@ -130,6 +130,14 @@ def test_every_option_computes_what_one_process_does(ranks: int) -> None:
     assert [o.diagnosis() for o in outcomes if not o.ok] == []
 
 
+def test_the_table_has_the_names_that_a_reader_types_and_is_printed_once(tmp_path: Path) -> None:
+    flags = ["--option", "loss-scaling,identity-hook", "--accumulation", "1", "--run-dir", str(tmp_path)]
+    done = torchrun("ch03_ddp/parity.py", 2, flags)
+    assert done.returncode == 0, done.stderr
+    assert done.result == json.loads((tmp_path / "result.json").read_text())
+    assert [line.split()[0] for line in done.stdout.splitlines() if " ok " in line] == ["loss-scaling", "identity-hook"]
+
+
 class MeanOfMeans(Plain):
     """Each rank divides by its own tokens, as `loss.mean()` does."""
 
