@@ -25,7 +25,7 @@ from common import dist, script
 
 
 def compare(args, options: list[str]) -> list[Outcome]:
-    """On the ranks that torchrun or srun started, else on CPU ranks started here. An outcome's strategy is its option."""
+    """On the ranks that torchrun or srun started, else on CPU ranks started here. A strategy is named by its option."""
     launch = dist.read_launch()
     ranks = args.ranks if launch.launcher == "python" else [launch.world_size]
     cases = harness.all_cases(ranks, args.accumulation, list(TOLERANCE), by_hand=False)
