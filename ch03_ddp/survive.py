@@ -205,9 +205,11 @@ def main(argv: list[str] | None = None) -> dict:
         whole = alone.finish(args.ranks)
         result = kill_often(Job(folder / "killed", args), alone, args)
         result["weights_equal"] = result["weights_sha256"] == whole["weights_sha256"]
-        args.dropout, args.dtype = 0.0, "fp32"  # each rank draws for itself: other ranks, other draws
-        steady = Job(folder / "steady", args)
-        steady.finish(args.ranks)
+        steady = alone
+        if (args.dropout, args.dtype) != (0.0, "fp32"):  # each rank draws for itself: other ranks, other draws
+            args.dropout, args.dtype = 0.0, "fp32"
+            steady = Job(folder / "steady", args)
+            steady.finish(args.ranks)
         result |= change_ranks(Job(folder / "changed", args), steady, args)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

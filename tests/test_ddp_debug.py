@@ -34,9 +34,14 @@ TIMEOUT_S = 2
 LIMIT_S = 40  # of the whole process: what hangs is killed then, and fails the test
 
 
-def provoked(fault: str, guilty: int, *, check: bool = False) -> list[Rank]:
+def in_turn(faults_in_turn: list[str], guilty: int, check: bool) -> list[dict[str, Any]]:
     args = argparse.Namespace(device="cpu", timeout_s=TIMEOUT_S, check=check)
-    return run_ranks(faults.provoke, RANKS, fault, guilty, args, timeout_s=LIMIT_S)
+    return [faults.provoke(fault, guilty, args) for fault in faults_in_turn]
+
+
+def provoked(faults_in_turn: list[str], guilty: int, *, check: bool = False) -> list[Rank]:
+    """Each fault in a session of its own. Those that break no connection can have the same ranks, one after the other."""
+    return run_ranks(in_turn, RANKS, faults_in_turn, guilty, check, timeout_s=LIMIT_S)
 
 
 # what the verdict must hold besides the rank
@@ -54,32 +59,37 @@ SAYS = {
 }
 
 
+HARMLESS = ("order", "shape", "slow", "desync", "unused")  # nobody hangs and nobody dies of them
+TOGETHER = [["none", *HARMLESS, "deadlock"], *([fault] for fault in SAYS if fault not in (*HARMLESS, "deadlock"))]
+
+
 @pytest.mark.parametrize("guilty", [0, 2])
-@pytest.mark.parametrize("fault", SAYS)
-def test_every_rank_that_lives_names_the_right_rank_and_cause(fault: str, guilty: int) -> None:
-    ended = provoked(fault, guilty)
+@pytest.mark.parametrize("together", TOGETHER, ids="+".join)
+def test_every_rank_that_lives_names_the_right_rank_and_cause(together: list[str], guilty: int) -> None:
+    ended = provoked(together, guilty)
     assert not any(rank.timed_out for rank in ended)
-    living = [rank for number, rank in enumerate(ended) if not (fault == "death" and number == guilty)]
+    living = [rank for number, rank in enumerate(ended) if not (together == ["death"] and number == guilty)]
     assert [rank.returncode for rank in living] == [0] * len(living), [rank.stderr[-500:] for rank in ended]
-    if fault == "death":
+    if together == ["death"]:
         assert ended[guilty].returncode == -signal.SIGKILL
     for rank in living:
-        assert rank.value["cause"] == faults.CAUSES.get(fault, fault), rank.value
-        assert rank.value["rank"] == guilty
-        for words in SAYS[fault]:
-            assert words in rank.value["verdict"]
+        for fault, said in zip(together, rank.value, strict=True):
+            assert said["cause"] == faults.CAUSES.get(fault, fault), said
+            assert said["rank"] == (None if fault == "none" else guilty)
+            for words in SAYS.get(fault, ["nothing found"]):
+                assert words in said["verdict"]
 
 
 def test_all_faults_are_tried() -> None:
     assert set(planted.FAULTS) < set(SAYS)
+    assert set(SAYS) == {fault for together in TOGETHER for fault in together} - {"none"}
 
 
 @pytest.mark.parametrize("check", [False, True])
-@pytest.mark.parametrize("fault", ["none", "uneven-joined"])
-def test_a_healthy_job_is_left_in_peace(fault: str, check: bool) -> None:
-    for rank in provoked(fault, 1, check=check):
+def test_a_healthy_job_is_left_in_peace(check: bool) -> None:
+    for rank in provoked(["none", "uneven-joined", "none"], 1, check=check):
         assert rank.returncode == 0, rank.stderr[-2000:]
-        assert rank.value["verdict"] == "nothing found"
+        assert [said["verdict"] for said in rank.value] == ["nothing found"] * 3
 
 
 # ---------------------------------------------------------------- other ways to fail
@@ -110,23 +120,12 @@ def absent_checked() -> Any:
     return watched(lambda ctx, w: planted.deadlock(ctx, w, 1), check=True)
 
 
-def another_dtype() -> Any:
-    return watched(
-        lambda ctx, _: td.all_reduce(torch.ones(4, dtype=torch.float64 if ctx.rank == 1 else None)), check=True
-    )
-
-
-def another_operation() -> Any:
-    """Both are all_reduce of the same shape: nothing would hang, the sums would be wrong."""
-
-    def body(ctx: Context, _: watcher.Watch) -> None:
-        td.all_reduce(torch.ones(4), op=td.ReduceOp.MAX if ctx.rank == 1 else td.ReduceOp.SUM)
-
-    return watched(body, check=True)
-
-
-def another_root() -> Any:
-    return watched(lambda ctx, _: td.broadcast(torch.ones(4), ctx.rank // 2), check=True)
+def wrong_calls() -> Any:
+    """Found before they are made. Both all_reduces are of the same shape: nothing would hang, the sums would be wrong."""
+    double = lambda ctx, _: td.all_reduce(torch.ones(4, dtype=torch.float64 if ctx.rank == 1 else None))  # noqa: E731
+    largest = lambda ctx, _: td.all_reduce(torch.ones(4), td.ReduceOp.MAX if ctx.rank == 1 else td.ReduceOp.SUM)  # noqa: E731
+    root = lambda ctx, _: td.broadcast(torch.ones(4), ctx.rank // 2)  # noqa: E731
+    return [watched(body, check=True) for body in (double, largest, root)]
 
 
 def own_error() -> Any:
@@ -165,15 +164,22 @@ def late() -> Any:
     [
         (wrong_order_unchecked, "order", "rank 1 called broadcast #"),
         (absent_checked, "deadlock", "rank 1 never entered all_reduce #"),
-        (another_dtype, "shape", "rank 1 called all_reduce #1 with float64 [4]"),
-        (another_operation, "order", "rank 1 called all_reduce(MAX) #1"),
-        (another_root, "order", "rank 2 called broadcast(src=1) #1"),
     ],
 )
 def test_other_faults(job: Callable[[], Any], cause: str, words: str) -> None:
     said = values(run_ranks(job, RANKS, timeout_s=LIMIT_S))
     assert {verdict.cause for verdict in said} == {cause}
     assert all(words in verdict.text for verdict in said), said
+
+
+def test_wrong_calls_are_found_before_they_are_made() -> None:
+    for double, largest, root in values(run_ranks(wrong_calls, RANKS, timeout_s=LIMIT_S)):
+        assert (double.cause, double.ranks) == ("shape", (1,))
+        assert "rank 1 called all_reduce #1 with float64 [4]" in double.text
+        assert (largest.cause, largest.ranks) == ("order", (1,))
+        assert "rank 1 called all_reduce(MAX) #1" in largest.text
+        assert (root.cause, root.ranks) == ("order", (2,))
+        assert "rank 2 called broadcast(src=1) #1" in root.text
 
 
 def test_a_broadcast_that_nobody_receives() -> None:
