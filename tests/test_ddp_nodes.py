@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -395,6 +397,21 @@ def test_a_limit_of_time(two_hosts: list[str], tmp_path: Path) -> None:
 )
 def test_bad_words_for_ssh(line: str, said: str) -> None:
     one_line(lambda: ssh_launch.main(line.split()), said)
+
+
+@pytest.mark.parametrize(("flags", "threads"), [([], "4"), (["--env", "OMP_NUM_THREADS=3"], "3")])
+def test_hosts_that_are_one_machine_share_its_cores(
+    flags: list[str], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = SimpleNamespace(stdin=io.BytesIO(), stdout=[], stderr=[], wait=lambda *_: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(script, "usable_cores", lambda: 8)
+    monkeypatch.setattr(ended.stdin, "close", lambda: None)
+    monkeypatch.setattr(ssh_launch.subprocess, "Popen", lambda *_, **__: ended)
+    with pytest.raises(SystemExit):
+        ssh_launch.main(["--ssh", "local", "--hosts", "one,two", *flags, "--", "ch03_ddp/train_ddp.py"])
+    told = [json.loads(line) for line in ended.stdin.getvalue().splitlines()]
+    assert [words["env"]["OMP_NUM_THREADS"] for words in told] == [threads, threads]
 
 
 def test_hosts_from_a_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,40 @@ def test_spoil_changes_one_bit_that_the_hash_sees(tmp_path: Path) -> None:
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
     with pytest.raises(checkpoint.Corrupt):
         checkpoint.load(path, {})
+
+
+def test_what_an_earlier_kill_left_is_no_save_under_way(tmp_path: Path) -> None:
+    """Nor is it the moment while there is one checkpoint only: it will be spoilt, and nothing left to resume from."""
+
+    class Fake(survive.Job):
+        starts = 0
+
+        def kill_when(self, condition: Callable[[], object], *_: object) -> bool:
+            checkpoint.save(self.out / "checkpoints", 3, {}, {})
+            if not self.starts:  # the first run dies in the background's save
+                (self.out / "checkpoints/.step-00000006.partial").mkdir()
+            else:
+                assert not condition(), "what the first run left"
+                (self.out / "checkpoints/.step-00000006.partial").mkdir()
+                assert not condition(), "one checkpoint only"
+                checkpoint.save(self.out / "checkpoints", 6, {}, {})
+                assert not condition(), "no save"
+                (self.out / "checkpoints/.step-00000009.partial").mkdir()
+                assert condition()
+            self.starts += 1
+            return True
+
+        def finish(self, ranks: int, *flags: str) -> dict:
+            with pytest.raises(checkpoint.Corrupt) as caught:
+                checkpoint.load(self.out / "checkpoints/step-00000006", {})
+            self.last_error = str(caught.value)
+            return {"resumed_at_step": 3, "weights_sha256": ""}
+
+    args = SimpleNamespace(seed=0, steps=14, kills=1, ranks=2)
+    result = survive.kill_often(Fake(tmp_path, args), Fake(tmp_path, args), args)  # type: ignore[arg-type]
+    assert result["killed_in_a_save"]
+    assert result["spoilt_checkpoint_named"]
+    assert result["resumed_before_the_spoilt"]
 
 
 def test_the_story_of_the_ranks() -> None:
