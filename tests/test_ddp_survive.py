@@ -16,7 +16,8 @@ from common.logs import Metrics
 
 
 def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -> None:
-    done = process.run("python ch03_ddp/survive.py --seq-len 32 --seed 4", timeout_s=280)
+    # From 2 to 3 ranks: the way down to 1 is elastic's, below.
+    done = process.run("python ch03_ddp/survive.py --seq-len 32 --seed 4 --other-ranks 3", timeout_s=280)
     assert done.result is not None, done.stderr
     result = done.result
     assert result["kills"] == 6
@@ -31,13 +32,13 @@ def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -
 
 
 def test_a_node_is_lost_and_comes_back() -> None:
-    done = process.run("python ch03_ddp/elastic.py", timeout_s=280)
+    done = process.run("python ch03_ddp/elastic.py --steps 50", timeout_s=280)
     assert done.result is not None, done.stderr
     result = done.result
     assert result["steps_on_one_node"] >= 1
-    assert result["steps_on_two_nodes"] >= 15 + result["steps_on_two_nodes_again"]
+    assert result["steps_on_two_nodes"] >= 12 + result["steps_on_two_nodes_again"]
     assert result["steps_on_two_nodes_again"] >= 1, "the second node came too late to train"
-    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 60
+    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 50
     assert result["ranks_at_the_end"] == 2
     assert result["largest_loss_difference"] < 1e-4
     assert result["sequences_equal"]
