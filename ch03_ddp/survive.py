@@ -153,7 +153,8 @@ def kill_often(job: Job, alone: Job, args: argparse.Namespace) -> dict:
     before = job.checkpoints()
     spoil(before[-1] / "state.pt")
     ended = job.finish(args.ranks, "--async-save")
-    print(f"killed after steps {', '.join(map(str, moments))}{' and in a save' * in_save}, newest checkpoint spoilt")
+    told = [f"after steps {', '.join(map(str, moments))}"] * bool(moments) + ["in a save"] * in_save
+    print(f"killed {' and '.join(told)}, newest checkpoint spoilt")
     return {
         "kills": len(moments) + 1,
         "killed_in_a_save": in_save,
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dropout", type=float, default=0.1, help="needs each rank's random state")
     parser.add_argument("--ranks", type=script.at_least(2), default=2)
     parser.add_argument("--other-ranks", type=script.comma_list(script.at_least(1)), default="1,3")
-    parser.add_argument("--kills", type=script.at_least(1), default=5, help="at random steps; one more comes in a save")
+    parser.add_argument("--kills", type=script.at_least(0), default=5, help="at random steps; one more comes in a save")
     parser.add_argument("--timeout-s", type=script.positive, default=300, help="for each part of a run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the part that is killed")
     args = parser.parse_args(argv)
