@@ -35,7 +35,7 @@ class Keeper:
         try:
             told = json.loads((self.folder / "best.json").read_text())
             return told["name"], told["val_loss"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return "", math.inf
 
     def save(self, step: int, state: dict[str, Any], val_loss: float | None = None) -> None:

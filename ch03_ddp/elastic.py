@@ -15,9 +15,8 @@ store of its own: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, on every node.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import itertools
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,20 +39,16 @@ class Nodes:
 
     def start(self, name: str) -> None:
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{self.port}", "--rdzv-id", "elastic"]
-        # For how long the ones that are here wait for more, once there are enough.
-        meet += ["--rdzv-conf", f"last_call_timeout={self.args.last_call_s:g},keep_alive_interval=1"]
+        # For how long the ones that are here wait for more, once there are enough. b will die: they meet at a.
+        words = f"last_call_timeout={self.args.last_call_s:g},keep_alive_interval=1,is_host={int(name == 'a')}"
+        meet += ["--rdzv-conf", words]
         size = ["--nnodes", "1:2", "--nproc-per-node", str(self.args.ranks_a_node), "--max-restarts", "5"]
-        training = self.job.command(1, ())[3:]  # without torchrun's own words
+        training = self.job.command(1, self.args.flags)[3:]  # without torchrun's own words
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.args.device != "cpu":  # each node its own GPUs
             first = "ab".index(name) * self.args.ranks_a_node
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + self.args.ranks_a_node)))
         self.up[name] = Child(["torchrun", *size, *meet, "--monitor-interval", "0.5", *training], env=env)
-
-    def meeting_point_open(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("localhost", self.port), timeout=1):
-            return True
-        return False
 
     def kill(self, name: str) -> None:
         self.up.pop(name).kill()
@@ -89,42 +84,48 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--global-batch", type=script.at_least(1), default=8)
     parser.add_argument("--seq-len", type=script.at_least(2), default=64)
     parser.add_argument("--ranks-a-node", type=script.at_least(1), default=1)
-    parser.add_argument("--last-call-s", type=script.positive, default=3, help="wait so long for more nodes to join")
+    parser.add_argument("--last-call-s", type=script.positive, default=2, help="wait so long for more nodes to join")
     parser.add_argument("--timeout-s", type=script.positive, default=120, help="for each thing to come to pass")
     args = parser.parse_args(argv)
     args.dropout, args.dtype = 0.0, "fp32"  # so that the losses can be compared over numbers of ranks
     both, one = 2 * args.ranks_a_node, args.ranks_a_node
+    # Each agent would take all cores for its own ranks.
+    args.flags = ("--threads", str(max(1, script.usable_cores() // both)))
     choose_device(args, both)
     run = script.start(__file__, args)
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     try:
         alone = Job(folder / "alone", args)
-        alone.finish(both)
+        alone.finish(one, *args.flags)
         job = Job(folder / "elastic", args)
         nodes = Nodes(job, args)
         try:
             nodes.start("a")
-            nodes.wait_for(nodes.meeting_point_open, "the meeting point on node a")  # b must not open it: b will die
             nodes.start("b")
-            third = args.steps // 3
-            nodes.wait_for(lambda: len(job.losses()) >= third, f"step {third} on both nodes")
+            first = args.steps // 4
+            nodes.wait_for(
+                lambda: len(job.losses()) >= first and job.newest_ranks() == both, f"step {first} on two nodes"
+            )
             nodes.kill("b")
             begin = time.monotonic()
             log.info("node b is gone: killed -9", after_step=len(job.losses()))
             nodes.wait_for(lambda: job.newest_ranks() == one, "training on one node")
             down_s = time.monotonic() - begin
-            nodes.wait_for(lambda: len(job.losses()) >= 2 * third, f"step {2 * third} on one node")
-            nodes.start("b")
-            log.info("node b is back", after_step=len(job.losses()))
+            nodes.start("b")  # its start takes seconds, in which the other node trains
+            log.info("node b is coming back", after_step=len(job.losses()))
             ended = nodes.finish()
         finally:
             nodes.stop()
         shares = job.ranks_by_step()
+        again = sum(1 for _ in itertools.takewhile(lambda n: n == both, reversed(shares.values())))
+        if not again:
+            raise script.UserError("training was done before node b was back; raise --steps")
         differences = [abs(a - b) for a, b in zip(job.losses(), alone.losses(), strict=True)]
         result = {
             "nodes": 2,
             "steps_on_two_nodes": sum(n == both for n in shares.values()),
             "steps_on_one_node": sum(n == one for n in shares.values()),
+            "steps_on_two_nodes_again": again,
             "ranks_at_the_end": ended["world_size"],
             "down_s": down_s,
             "largest_loss_difference": max(differences),

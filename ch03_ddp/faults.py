@@ -18,12 +18,8 @@ from typing import Any
 from ch03_ddp import diagnose, planted
 from common import dist, ranks, script
 
-CAUSES = {
-    "inplace-bucket": "inplace",
-    "unused-unasked": "unused",
-    "none": "",
-    "uneven-joined": "",
-}  # else the fault's name
+# The cause that is to be named, where it is not the fault's own name.
+CAUSES = {"inplace-bucket": "inplace", "unused-unasked": "unused", "none": "", "uneven-joined": ""}
 KNOWN = planted.FAULTS | planted.OTHERS
 SPARE_S = 30  # beyond --timeout-s, for the start of the ranks and for the verdict
 

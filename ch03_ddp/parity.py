@@ -15,6 +15,8 @@ a whole last batch and one that does not divide by the ranks. Rows are ragged: t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import TOLERANCE, Outcome
 from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
@@ -23,21 +25,26 @@ from common import dist, script
 
 
 def compare(args, options: list[str]) -> list[Outcome]:
-    """On the ranks that torchrun or srun started, else on CPU ranks started here."""
+    """On the ranks that torchrun or srun started, else on CPU ranks started here. A strategy is named by its option."""
     launch = dist.read_launch()
     ranks = args.ranks if launch.launcher == "python" else [launch.world_size]
     cases = harness.all_cases(ranks, args.accumulation, list(TOLERANCE), by_hand=False)
     classes = [OPTIONS[name] for name in options]
     if launch.launcher == "python":
-        return harness.check(classes, cases, problem=RaggedLlama(), timeout_s=1200)
-    with dist.session(args.device) as ctx:
-        return harness.check_here(classes, cases, RaggedLlama(), ctx)
+        found = harness.check(classes, cases, problem=RaggedLlama(), timeout_s=1200)
+    else:
+        with dist.session(args.device) as ctx:
+            found = harness.check_here(classes, cases, RaggedLlama(), ctx)
+    option_of = {OPTIONS[name].__name__: name for name in options}
+    return [replace(outcome, strategy=option_of[outcome.strategy]) for outcome in found]
 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--option", default="all", help=f"all, or of: {', '.join(OPTIONS)}")
-    parser.add_argument("--ranks", type=whole_numbers, default=[2, 4], help="how many, comma separated")
+    parser.add_argument(
+        "--ranks", type=whole_numbers, default=[2, 4], help="comma separated; under torchrun or srun: theirs"
+    )
     parser.add_argument("--accumulation", type=whole_numbers, default=[1, 4], help="micro-batches a step")
     args = parser.parse_args(argv)
     options = list(OPTIONS) if args.option == "all" else args.option.split(",")
@@ -48,9 +55,10 @@ def main(argv: list[str] | None = None) -> dict:
     script.start(__file__, args)
     outcomes = compare(args, options)
     wrong = [outcome for outcome in outcomes if not outcome.ok]
-    print(matrix(outcomes))
-    if notes := explain(outcomes):
-        print(notes)
+    if dist.read_launch().rank == 0:
+        print(matrix(outcomes))
+        if notes := explain(outcomes):
+            print(notes)
     result = {
         "options": len(options),
         "compared": len(outcomes),

@@ -90,9 +90,7 @@ def order(ctx: Context, watch: Watch, guilty: int) -> None:
 def shape(ctx: Context, watch: Watch, guilty: int) -> None:
     tokens = 2**18 - (ctx.rank == guilty)
     losses = torch.ones(tokens, device=ctx.device)  # BUG: one loss a token, and one rank has a token less
-    td.all_reduce(
-        losses
-    )  #                          fix: reduce the sum and the count, which have the same shape anywhere
+    td.all_reduce(losses)  #                          fix: reduce sum and count, whose shapes are the same everywhere
     losses.sum().item()
 
 
@@ -144,9 +142,7 @@ def desync(ctx: Context, watch: Watch, guilty: int) -> diagnose.Verdict | None:
     optimizer = train(ctx, watch, ddp)
     if ctx.rank == guilty:
         with torch.no_grad():
-            ddp.module.extra.weight[0, 0] += (
-                1e-6  # BUG: a weight is changed on one rank, after DDP has copied it to all
-            )
+            ddp.module.extra.weight[0, 0] += 1e-6  # BUG: one rank changes a weight that DDP has copied to all
     return diagnose.desync(ctx, ddp, optimizer)  #   fix: change weights before DDP, or on all ranks alike
 
 

@@ -80,6 +80,8 @@ def connect(rank: int, hosts: Sequence[str], args: argparse.Namespace, command: 
     """Start ssh, and tell `node` over there what to do: on its stdin, where no shell meddles with it."""
     start = f"cd {shlex.quote(str(process.ROOT))} && exec {shlex.quote(args.python)} -c {shlex.quote(NODE)}"
     env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    if args.ssh == "local":  # the hosts share this one's cores
+        env.setdefault("OMP_NUM_THREADS", str(max(1, script.usable_cores() // len(hosts))))
     env |= dict(pair.partition("=")[::2] for pair in args.env)
     ssh = subprocess.Popen(
         ["sh", "-c", start] if args.ssh == "local" else [*shlex.split(args.ssh), hosts[rank], start],

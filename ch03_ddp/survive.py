@@ -64,7 +64,7 @@ class Job:
             raise script.UserError(f"the training failed ({why}); run it by itself: {' '.join(done.command)}")
         return done.result
 
-    def kill_when(self, condition: Callable[[], bool], what: str, ranks: int, *flags: str) -> bool:
+    def kill_when(self, condition: Callable[[], object], what: str, ranks: int, *flags: str) -> bool:
         """Start it, and SIGKILL everything the moment `condition` holds. False if the training was over before."""
         begun = self.losses_file()
         deadline = time.monotonic() + self.args.timeout_s
@@ -99,9 +99,12 @@ class Job:
         path = self.out / "losses.jsonl"
         return [row["loss"] for row in Metrics.read(path)] if path.exists() else []
 
-    def saving(self) -> bool:
-        """A save is under way: its folder is there, its name is not."""
-        return any((self.out / "checkpoints").glob(".step-*.partial"))
+    def saving(self) -> list[Path]:
+        """Saves under way, or left behind by a kill: the folder is there, its name is not."""
+        return list((self.out / "checkpoints").glob(".step-*.partial"))
+
+    def checkpoints(self) -> list[Path]:
+        return checkpoint.every(self.out / "checkpoints")
 
     def samples(self) -> dict[int, Counter]:
         """By step, how often each sequence was taken by any of the ranks, in the steps that count."""
@@ -143,12 +146,17 @@ def kill_often(job: Job, alone: Job, args: argparse.Namespace) -> dict:
     for moment in moments:
         job.kill_when(lambda at=moment: len(job.losses()) >= at, f"step {moment}", args.ranks, "--async-save")
         log.info("killed -9", after_step=len(job.losses()))
-    in_save = job.kill_when(job.saving, "a save", args.ranks) and job.saving()
+    for left in job.saving():  # by the kills so far: it would be taken for a save of the next run
+        shutil.rmtree(left)
+    # With two whole ones before it: one is spoilt below, and the other has to serve.
+    in_save = job.kill_when(lambda: len(job.checkpoints()) > 1 and job.saving(), "a save", args.ranks)
+    in_save = in_save and bool(job.saving())
     log.info("killed -9 in a save" if in_save else "the save was quicker", after_step=len(job.losses()))
-    before = checkpoint.every(job.out / "checkpoints")
+    before = job.checkpoints()
     spoil(before[-1] / "state.pt")
     ended = job.finish(args.ranks, "--async-save")
-    print(f"killed after steps {', '.join(map(str, moments))} and in a save, newest checkpoint spoilt")
+    told = [f"after steps {', '.join(map(str, moments))}"] * bool(moments) + ["in a save"] * in_save
+    print(f"killed {' and '.join(told)}, newest checkpoint spoilt")
     return {
         "kills": len(moments) + 1,
         "killed_in_a_save": in_save,
@@ -186,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dropout", type=float, default=0.1, help="needs each rank's random state")
     parser.add_argument("--ranks", type=script.at_least(2), default=2)
     parser.add_argument("--other-ranks", type=script.comma_list(script.at_least(1)), default="1,3")
-    parser.add_argument("--kills", type=script.at_least(1), default=5, help="at random steps; one more comes in a save")
+    parser.add_argument("--kills", type=script.at_least(0), default=5, help="at random steps; one more comes in a save")
     parser.add_argument("--timeout-s", type=script.positive, default=300, help="for each part of a run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the part that is killed")
     args = parser.parse_args(argv)
@@ -200,9 +208,11 @@ def main(argv: list[str] | None = None) -> dict:
         whole = alone.finish(args.ranks)
         result = kill_often(Job(folder / "killed", args), alone, args)
         result["weights_equal"] = result["weights_sha256"] == whole["weights_sha256"]
-        args.dropout, args.dtype = 0.0, "fp32"  # each rank draws for itself: other ranks, other draws
-        steady = Job(folder / "steady", args)
-        steady.finish(args.ranks)
+        steady = alone
+        if (args.dropout, args.dtype) != (0.0, "fp32"):  # each rank draws for itself: other ranks, other draws
+            args.dropout, args.dtype = 0.0, "fp32"
+            steady = Job(folder / "steady", args)
+            steady.finish(args.ranks)
         result |= change_ranks(Job(folder / "changed", args), steady, args)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ from common import dist, ranks, script
 
 MODES = ("plain", "watch", "check")
 SMALL = 1024  # float32 numbers
+WIDTH = 1024  # of the matrices that are compared
 
 
 def median_us(action: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -67,10 +68,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     step_us = median_us(step, args.repeats, ctx.device)
                 rows.setdefault(f"all_reduce_{mode}_us", []).append(reduce_us)
                 rows.setdefault(f"step_{mode}_us", []).append(step_us)
-        width = 1024
-        model = nn.ParameterList(
-            torch.zeros(width, width, device=ctx.device) for _ in range(round(args.million_parameters * 1e6 / width**2))
-        )
+        matrices = max(1, round(args.million_parameters * 1e6 / WIDTH**2))
+        model = nn.ParameterList(torch.zeros(WIDTH, WIDTH, device=ctx.device) for _ in range(matrices))
         rows["desync_ms"] = [median_us(lambda: diagnose.desync(ctx, model), 5, ctx.device) / 1e3]
     return {name: statistics.median(values) for name, values in rows.items()}
 

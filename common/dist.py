@@ -221,10 +221,12 @@ def pick_device(choice: str, launch: Launch) -> torch.device:
 
 
 def set_threads(launch: Launch, threads: int | None) -> None:
-    """Share the cores out among the local ranks. torchrun's own default is one thread a rank, however many cores."""
-    chosen_by_user = "OMP_NUM_THREADS" in os.environ and not (
-        "TORCHELASTIC_RUN_ID" in os.environ and os.environ["OMP_NUM_THREADS"] == "1"
-    )
+    """Share the cores out among the local ranks, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun itself sets it to 1 for several local ranks, however many cores there are: that is nobody's choice.
+    """
+    torchrun_default = "TORCHELASTIC_RUN_ID" in os.environ and launch.local_world_size > 1
+    chosen_by_user = os.environ.get("OMP_NUM_THREADS") not in (None, "1" if torchrun_default else None)
     if threads is not None or not chosen_by_user:
         torch.set_num_threads(threads or max(1, usable_cores() // launch.local_world_size))
 

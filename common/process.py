@@ -58,7 +58,8 @@ class Finished:
         if self.timed_out:
             return f"stopped after {timeout_s or self.seconds:.0f} s"
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        told = [line for line in lines if line.startswith("error")] or [line for line in lines if "Error" in line]
+        told = [line for line in lines if line.startswith(("error:", "error ["))]  # not torchrun's error_file
+        told = told or [line for line in lines if "Error" in line]
         last = (told or lines or ["no output"])[-1]
         return f"exit {self.returncode}: {last[:300]}"
 

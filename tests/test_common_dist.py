@@ -35,6 +35,30 @@ def test_launch_of_torchrun() -> None:
     assert read_launch(env) == dist.Launch("torchrun", 5, 1, 8, 4, "node0", 1234)
 
 
+@pytest.mark.parametrize(
+    ("env", "local_ranks", "threads"),
+    [
+        ({}, 2, 4),
+        ({"OMP_NUM_THREADS": "3"}, 2, 3),
+        ({"OMP_NUM_THREADS": "1"}, 2, 1),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),  # torchrun's own default for several ranks
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),  # which it does not set for one: a choice
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, 2, 3),
+    ],
+)
+def test_the_cores_are_shared_out(
+    env: dict, local_ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch, no_launcher: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "usable_cores", lambda: 8)
+    taken = [env.get("OMP_NUM_THREADS")]
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: taken.append(str(number)))
+    dist.set_threads(dist.Launch("torchrun", local_world_size=local_ranks), None)
+    assert taken[-1] == str(threads)
+
+
 def test_launch_by_hand_counts_all_ranks_as_local() -> None:
     assert read_launch({"RANK": "1", "WORLD_SIZE": "2"}) == dist.Launch("torchrun", 1, 1, 2, 2, "127.0.0.1", 29500)
 

@@ -403,6 +403,9 @@ def test_a_finished_command() -> None:
     assert (done.returncode, done.timed_out, done.result) == (4, False, {"x": 1})
     assert done.reason() == "exit 4: error: y; z"
     assert lines == ["a", 'RESULT {"x": 1}']
+    told = "error [rank 0]: no model; take another\\n  error_file: <N/A>"  # torchrun's own words come last
+    ranks = process.run([sys.executable, "-c", f"import sys; sys.exit('{told}')"], timeout_s=30)
+    assert ranks.reason() == "exit 1: error [rank 0]: no model; take another"
     shell = process.run("sh -c 'kill -9 $$'", timeout_s=30)
     assert (shell.returncode, shell.result, shell.reason()) == (-9, None, "exit -9: no output")
     for last in ('RESULT {"x": 1', "RESULT [1]", 'RESULT {"x": 1}\\nand on'):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ch03_ddp import diagnose, faults, planted
 from ch03_ddp.diagnose import alarm, watcher
-from ch03_ddp.diagnose.interpose import COLLECTIVES, described, message
+from ch03_ddp.diagnose.fingerprints import PART, fingerprint
+from ch03_ddp.diagnose.interpose import COLLECTIVES, bound, described, message, signature_of
 from ch03_ddp.diagnose.recorder import Call, line_of
 from ch03_ddp.diagnose.verdict import Report, Verdict, judge
 from common import dist
@@ -32,9 +34,14 @@ TIMEOUT_S = 2
 LIMIT_S = 40  # of the whole process: what hangs is killed then, and fails the test
 
 
-def provoked(fault: str, guilty: int, *, check: bool = False) -> list[Rank]:
+def in_turn(faults_in_turn: list[str], guilty: int, check: bool) -> list[dict[str, Any]]:
     args = argparse.Namespace(device="cpu", timeout_s=TIMEOUT_S, check=check)
-    return run_ranks(faults.provoke, RANKS, fault, guilty, args, timeout_s=LIMIT_S)
+    return [faults.provoke(fault, guilty, args) for fault in faults_in_turn]
+
+
+def provoked(faults_in_turn: list[str], guilty: int, *, check: bool = False) -> list[Rank]:
+    """Each fault in a session of its own. Those that break no connection can have the same ranks, one after the other."""
+    return run_ranks(in_turn, RANKS, faults_in_turn, guilty, check, timeout_s=LIMIT_S)
 
 
 # what the verdict must hold besides the rank
@@ -52,32 +59,37 @@ SAYS = {
 }
 
 
+HARMLESS = ("order", "shape", "slow", "desync", "unused")  # nobody hangs and nobody dies of them
+TOGETHER = [["none", *HARMLESS, "deadlock"], *([fault] for fault in SAYS if fault not in (*HARMLESS, "deadlock"))]
+
+
 @pytest.mark.parametrize("guilty", [0, 2])
-@pytest.mark.parametrize("fault", SAYS)
-def test_every_rank_that_lives_names_the_right_rank_and_cause(fault: str, guilty: int) -> None:
-    ended = provoked(fault, guilty)
+@pytest.mark.parametrize("together", TOGETHER, ids="+".join)
+def test_every_rank_that_lives_names_the_right_rank_and_cause(together: list[str], guilty: int) -> None:
+    ended = provoked(together, guilty)
     assert not any(rank.timed_out for rank in ended)
-    living = [rank for number, rank in enumerate(ended) if not (fault == "death" and number == guilty)]
+    living = [rank for number, rank in enumerate(ended) if not (together == ["death"] and number == guilty)]
     assert [rank.returncode for rank in living] == [0] * len(living), [rank.stderr[-500:] for rank in ended]
-    if fault == "death":
+    if together == ["death"]:
         assert ended[guilty].returncode == -signal.SIGKILL
     for rank in living:
-        assert rank.value["cause"] == faults.CAUSES.get(fault, fault), rank.value
-        assert rank.value["rank"] == guilty
-        for words in SAYS[fault]:
-            assert words in rank.value["verdict"]
+        for fault, said in zip(together, rank.value, strict=True):
+            assert said["cause"] == faults.CAUSES.get(fault, fault), said
+            assert said["rank"] == (None if fault == "none" else guilty)
+            for words in SAYS.get(fault, ["nothing found"]):
+                assert words in said["verdict"]
 
 
 def test_all_faults_are_tried() -> None:
     assert set(planted.FAULTS) < set(SAYS)
+    assert set(SAYS) == {fault for together in TOGETHER for fault in together} - {"none"}
 
 
 @pytest.mark.parametrize("check", [False, True])
-@pytest.mark.parametrize("fault", ["none", "uneven-joined"])
-def test_a_healthy_job_is_left_in_peace(fault: str, check: bool) -> None:
-    for rank in provoked(fault, 1, check=check):
+def test_a_healthy_job_is_left_in_peace(check: bool) -> None:
+    for rank in provoked(["none", "uneven-joined", "none"], 1, check=check):
         assert rank.returncode == 0, rank.stderr[-2000:]
-        assert rank.value["verdict"] == "nothing found"
+        assert [said["verdict"] for said in rank.value] == ["nothing found"] * 3
 
 
 # ---------------------------------------------------------------- other ways to fail
@@ -108,19 +120,12 @@ def absent_checked() -> Any:
     return watched(lambda ctx, w: planted.deadlock(ctx, w, 1), check=True)
 
 
-def another_dtype() -> Any:
-    return watched(
-        lambda ctx, _: td.all_reduce(torch.ones(4, dtype=torch.float64 if ctx.rank == 1 else None)), check=True
-    )
-
-
-def another_operation() -> Any:
-    """Both are all_reduce of the same shape: nothing would hang, the sums would be wrong."""
-
-    def body(ctx: Context, _: watcher.Watch) -> None:
-        td.all_reduce(torch.ones(4), op=td.ReduceOp.MAX if ctx.rank == 1 else td.ReduceOp.SUM)
-
-    return watched(body, check=True)
+def wrong_calls() -> Any:
+    """Found before they are made. Both all_reduces are of the same shape: nothing would hang, the sums would be wrong."""
+    double = lambda ctx, _: td.all_reduce(torch.ones(4, dtype=torch.float64 if ctx.rank == 1 else None))  # noqa: E731
+    largest = lambda ctx, _: td.all_reduce(torch.ones(4), td.ReduceOp.MAX if ctx.rank == 1 else td.ReduceOp.SUM)  # noqa: E731
+    root = lambda ctx, _: td.broadcast(torch.ones(4), ctx.rank // 2)  # noqa: E731
+    return [watched(body, check=True) for body in (double, largest, root)]
 
 
 def own_error() -> Any:
@@ -159,14 +164,22 @@ def late() -> Any:
     [
         (wrong_order_unchecked, "order", "rank 1 called broadcast #"),
         (absent_checked, "deadlock", "rank 1 never entered all_reduce #"),
-        (another_dtype, "shape", "rank 1 called all_reduce #1 with float64 [4]"),
-        (another_operation, "order", "rank 1 called all_reduce(MAX) #1"),
     ],
 )
 def test_other_faults(job: Callable[[], Any], cause: str, words: str) -> None:
     said = values(run_ranks(job, RANKS, timeout_s=LIMIT_S))
     assert {verdict.cause for verdict in said} == {cause}
     assert all(words in verdict.text for verdict in said), said
+
+
+def test_wrong_calls_are_found_before_they_are_made() -> None:
+    for double, largest, root in values(run_ranks(wrong_calls, RANKS, timeout_s=LIMIT_S)):
+        assert (double.cause, double.ranks) == ("shape", (1,))
+        assert "rank 1 called all_reduce #1 with float64 [4]" in double.text
+        assert (largest.cause, largest.ranks) == ("order", (1,))
+        assert "rank 1 called all_reduce(MAX) #1" in largest.text
+        assert (root.cause, root.ranks) == ("order", (2,))
+        assert "rank 2 called broadcast(src=1) #1" in root.text
 
 
 def test_a_broadcast_that_nobody_receives() -> None:
@@ -248,6 +261,15 @@ def test_under_torchrun_the_survivors_say_who_died() -> None:
     assert (result["cause"], result["rank"]) == ("death", 1)
 
 
+def test_a_process_id_means_something_at_home_only() -> None:
+    store, gone = td.HashStore(), subprocess.Popen(["true"])
+    gone.wait()
+    here = alarm.Alarm(store, 0, 3)
+    store.set("process/1", f"{gone.pid} {alarm.process_table()}")
+    store.set("process/2", f"{gone.pid} {alarm.process_table()}, in another container")
+    assert here.ended() == {1: f"its process {gone.pid} ended"}
+
+
 # ---------------------------------------------------------------- what the watch must not change
 
 
@@ -256,6 +278,7 @@ def trained() -> dict[str, list[torch.Tensor]]:
     originals = {name: getattr(td, name) for name in COLLECTIVES}
     wait, weights = td.Work.wait, {}
     with dist.session("cpu", timeout_s=60, threads=1) as ctx:
+        first = td.new_group([0])
         for kind in ("plain", "watched", "afterwards"):
             torch.manual_seed(0)
             ddp = DistributedDataParallel(planted.Model(), bucket_cap_mb=1e-4, gradient_as_bucket_view=True)
@@ -266,6 +289,9 @@ def trained() -> dict[str, list[torch.Tensor]]:
                 if watch:
                     watch.model(ddp)
                     assert td.all_reduce is not originals["all_reduce"]
+                    if ctx.rank == 0:  # the group by its place: it is no business of rank 1
+                        td.all_reduce(torch.ones(1), td.ReduceOp.SUM, first)
+                    td.barrier(first)
                 for _ in range(4):
                     ddp(planted.batch(ctx)).backward()
                     optimizer.step()
@@ -327,12 +353,17 @@ def drifted() -> dict[str, Any]:
             tensor.view(torch.int32).flatten()[-1:].bitwise_xor_(1)
 
         changed("bit", model[0].weight, flip, 1)
+        changed("sign", model[0].weight, lambda x: x.view(-1)[1::6].neg_(), 2)
         changed("swap", model[0].weight, lambda x: x.copy_(x.flip(0)), 2)
         changed("norm", model[1].weight, lambda x: x.fill_(0.25), 0)
         changed("buffer", model[1].running_mean, lambda x: x.fill_(1), 1)
         changed("counter", model[1].num_batches_tracked, lambda x: x.add_(1), 2)
         changed("moment", optimizer.state[model[1].bias]["exp_avg"], lambda x: x.mul_(2), 1)
         said["restored"] = diagnose.desync(ctx, model, optimizer)
+        taken = optimizer.state.pop(model[1].bias) if ctx.rank == 2 else None
+        said["no state"] = diagnose.desync(ctx, model, optimizer)
+        if taken:
+            optimizer.state[model[1].bias] = taken
         changed("not asked", model[0].weight, lambda x: x.zero_() if ctx.rank else None, 1)
     return said
 
@@ -344,6 +375,7 @@ def test_desync_names_the_tensor_and_the_rank() -> None:
     assert said["restored"] is None
     expected = {
         "bit": (1, "parameter 0.weight"),
+        "sign": (2, "parameter 0.weight"),
         "swap": (2, "parameter 0.weight"),
         "norm": (0, "parameter 1.weight"),
         "buffer": (1, "buffer 1.running_mean"),
@@ -353,6 +385,25 @@ def test_desync_names_the_tensor_and_the_rank() -> None:
     for name, (rank, tensor) in expected.items():
         assert said[name].ranks == (rank,), said[name]
         assert f"another {tensor} than" in said[name].text
+    assert said["no state"].ranks == (2,)
+    assert "rank 2 holds nothing where ranks 0-1 hold optimizer step of 1.bias (float32 [])" in said["no state"].text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_every_bit_counts_and_so_does_its_place(dtype: torch.dtype) -> None:
+    tensor = torch.randn(37, generator=torch.Generator().manual_seed(0)).mul(50).abs().to(dtype)
+    found = {fingerprint(tensor).item()}
+    bits = tensor.view(torch.uint8)
+    for place in range(8 * len(bits)):
+        bits[place // 8] ^= 1 << place % 8
+        found.add(fingerprint(tensor).item())
+        bits[place // 8] ^= 1 << place % 8
+    found |= {fingerprint(tensor.roll(shift)).item() for shift in range(1, 37)}
+    assert len(found) == 1 + 8 * len(bits) + 36
+    large = torch.zeros(3 * PART)
+    large[1] = 1
+    assert fingerprint(large) != fingerprint(large.roll(PART))
+    assert fingerprint(large[1:]) == fingerprint(large[1:].clone())
 
 
 def asked() -> tuple[list[bool], Verdict | None, Verdict | None]:
@@ -421,6 +472,30 @@ def test_judge_looks_into_each_group_by_itself() -> None:
     assert "where rank 1 waits" in verdict.text
 
 
+def test_judge_follows_the_waiting_to_its_cause() -> None:
+    """Rank 2 waits for ranks 0 and 1, and rank 0 in a small group for rank 1, which is elsewhere."""
+    groups = {"0": [0, 1, 2], "7": [0, 1]}
+    in_small = report(0, call(1), call(1, "broadcast", "7", done=False), groups=groups)
+    verdict = judged(in_small, report(1, call(1), groups=groups), report(2, call(1), call(2, done=False)))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("deadlock", (1,))
+    assert "never entered broadcast #1" in verdict.text
+    both = report(1, call(1), call(2, done=False), groups=groups)  # now each of the two waits for the other
+    verdict = judged(in_small, both, report(2, call(1), call(2, done=False)))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("order", (0, 1))
+    assert "rank 0 never entered all_reduce #2" in verdict.text
+    assert "rank 1 never entered broadcast #1" in verdict.text
+
+
+def test_judge_of_a_rank_that_is_far_ahead() -> None:
+    ahead = [call(number) for number in range(150, 250)]
+    verdict = judged(report(0, *ahead), report(1, call(1)), report(2, *ahead))
+    assert verdict is not None
+    assert (verdict.cause, verdict.ranks) == ("deadlock", (1,))
+    assert "never entered all_reduce #150" in verdict.text
+
+
 def test_judge_blames_the_one_that_is_furthest_behind() -> None:
     verdict = judged(report(0, call(1), call(2), call(3, done=False)), report(1, call(1)), report(2, call(1), call(2)))
     assert verdict is not None
@@ -452,12 +527,21 @@ def test_of_two_ranks_the_first_is_the_measure() -> None:
 
 def test_reading_calls() -> None:
     x, y = torch.ones(2), torch.ones(3)
-    assert described("reduce", {"dst": 2, "op": td.ReduceOp.MIN}) == "reduce(dst=2, MIN)"
-    assert described("all_reduce", {"async_op": True}) == "all_reduce"
-    assert message((x, y), {}, 1) is y
-    assert message(([x], y), {}, 0) is x
-    assert message((), {"tensor": x}, 0) is x
-    assert message((), {}, None) is None
+
+    def read(name: str, *args: Any, **kwargs: Any) -> tuple[str, torch.Tensor | None]:
+        given = bound(getattr(td, name), args, kwargs)
+        return described(name, given), message(name, given)
+
+    assert read("reduce", x, dst=2, op=td.ReduceOp.MIN) == ("reduce(dst=2, MIN)", x)
+    assert read("all_reduce", tensor=x, async_op=True) == ("all_reduce", x)
+    assert read("all_reduce", x, td.ReduceOp.MAX) == ("all_reduce(MAX)", x)
+    assert read("broadcast", x, 1) == ("broadcast(src=1)", x)
+    assert read("all_gather", [x, x], y)[1] is y
+    assert read("reduce_scatter", y, [x])[1] is x
+    assert read("barrier") == ("barrier", None)
+    assert read("all_reduce") == ("all_reduce", None)  # torch will say what is missing
+    for name, argument in COLLECTIVES.items():
+        assert not argument or argument in signature_of(getattr(td, name)).parameters, name
     frames = [{"filename": torch.__file__, "line": 1}, {"filename": "/a/train.py", "line": 88}]
     assert line_of(frames) == "train.py:88"
     assert line_of([]) == "unknown line"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,17 +14,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from ch02_hardware_parallelism import virtual_cluster
-from ch03_ddp import preflight, preflight_checks, preflight_facts, slurm_cluster, slurm_node, ssh_launch
+from ch03_ddp import preflight, preflight_checks, preflight_facts, slurm_cluster, slurm_node, ssh_launch, train_ddp
 from ch03_ddp.preflight_checks import BROKEN, WARN
 from ch03_ddp.preflight_facts import Facts
 from common import process, script
 from common.process import ROOT
-from tests.spawn import free_port, torchrun
+from tests.spawn import free_port, run_ranks, values
 
 LAUNCH = sorted((ROOT / "ch03_ddp/launch").iterdir())
 NO_NETWORKS, NO_SLURM = virtual_cluster.why_not(), slurm_cluster.why_not()
@@ -31,17 +33,20 @@ needs_namespaces = pytest.mark.skipif(NO_NETWORKS is not None, reason=NO_NETWORK
 needs_slurm = pytest.mark.skipif(NO_SLURM is not None, reason=NO_SLURM or "")
 TRAIN = [
     "ch03_ddp/train_ddp.py", "--preset", "nano", "--batch-size", "1", "--seq-len", "16", "--dtype", "fp32",
-    "--val-tokens", "256", "--sample-tokens", "0", "--log-every", "1", "--steps",
+    "--val-tokens", "256", "--sample-tokens", "0", "--log-every", "1", "--threads", "1", "--steps",
 ]  # fmt: skip
 SHORT, LONG = [*TRAIN, "6"], [*TRAIN, "50"]  # LONG: something happens to it before its end
 SSHD = "/usr/sbin/sshd"
 
 
+def train(flags: list[str]) -> dict:
+    return train_ddp.main(flags)
+
+
 def alone(command: list[str], folder: Path) -> str:
     """weights_sha256 of a training run on two ranks of this host that is left alone."""
-    done = torchrun(command[0], 2, [*command[1:], "--run-dir", str(folder)])
-    assert done.result, done.stderr
-    return str(done.result["weights_sha256"])
+    flags = [*command[1:], "--run-dir", str(folder)]
+    return str(values(run_ranks(train, 2, flags, timeout_s=90))[0]["weights_sha256"])
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +400,21 @@ def test_a_limit_of_time(two_hosts: list[str], tmp_path: Path) -> None:
 )
 def test_bad_words_for_ssh(line: str, said: str) -> None:
     one_line(lambda: ssh_launch.main(line.split()), said)
+
+
+@pytest.mark.parametrize(("flags", "threads"), [([], "4"), (["--env", "OMP_NUM_THREADS=3"], "3")])
+def test_hosts_that_are_one_machine_share_its_cores(
+    flags: list[str], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = SimpleNamespace(stdin=io.BytesIO(), stdout=[], stderr=[], wait=lambda *_: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(script, "usable_cores", lambda: 8)
+    monkeypatch.setattr(ended.stdin, "close", lambda: None)
+    monkeypatch.setattr(ssh_launch.subprocess, "Popen", lambda *_, **__: ended)
+    with pytest.raises(SystemExit):
+        ssh_launch.main(["--ssh", "local", "--hosts", "one,two", *flags, "--", "ch03_ddp/train_ddp.py"])
+    told = [json.loads(line) for line in ended.stdin.getvalue().splitlines()]
+    assert [words["env"]["OMP_NUM_THREADS"] for words in told] == [threads, threads]
 
 
 def test_hosts_from_a_file(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import socket
 import time
+from pathlib import Path
 
 import psutil
 import torch.distributed as td
@@ -21,7 +24,7 @@ class Alarm:
     def __init__(self, store: td.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.round = 0
-        store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
+        store.set(f"process/{rank}", f"{os.getpid()} {process_table()}")
 
     def ring(self, why: str) -> None:
         self.store.compare_set(f"alarm/{self.round}", "", f"rank {self.rank}: {why}")
@@ -73,10 +76,19 @@ class Alarm:
         for rank in range(self.world_size):
             if not self.store.check([f"process/{rank}"]):
                 continue
-            pid, host = self.store.get(f"process/{rank}").decode().split(" ", 1)
-            if host == socket.gethostname() and not _lives(int(pid)):
+            pid, table = self.store.get(f"process/{rank}").decode().split(" ", 1)
+            if table == process_table() and not _lives(int(pid)):
                 found[rank] = f"its process {pid} ended"
         return found
+
+
+@functools.cache
+def process_table() -> str:
+    """Where this process's id means anything: host, boot and pid namespace (two containers may have one name)."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not on Linux
+        found += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(found)
 
 
 def _lives(pid: int) -> bool:

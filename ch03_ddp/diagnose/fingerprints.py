@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,14 +16,19 @@ from torch import nn
 from ch03_ddp.diagnose.verdict import Verdict, minority, name
 from common.dist import Context
 
+PART = 2**16  # 4-byte words that are hashed at once: they and their factors stay in the cache
+NEXT_PART = 1_000_003  # odd, so that no bit is lost
+
 
 def desync(ctx: Context, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Verdict | None:
     """The first tensor in which the ranks differ, if there is one: parameters, then buffers, then optimizer state.
 
-    Every rank must call it, between steps. It reads each tensor and sends 8 bytes for it. Any single bit that differs
-    is found; NaNs are compared by their bits, like everything else.
+    Every rank must call it, between steps. It reads each tensor and sends 8 bytes for it. Any single number that
+    differs is found; NaNs are compared by their bits, like everything else.
     """
     tensors = list(state(model, optimizer))
+    if found := _other_tensors(ctx, tensors):
+        return found
     if not tensors:
         return None
     mine = torch.stack([fingerprint(tensor).to(ctx.device) for _, tensor in tensors])  # int64 [tensors]
@@ -39,6 +48,25 @@ def desync(ctx: Context, model: nn.Module, optimizer: torch.optim.Optimizer | No
     return Verdict("desync", tuple(odd), text)
 
 
+def _other_tensors(ctx: Context, tensors: list[tuple[str, torch.Tensor]]) -> Verdict | None:
+    """Ranks that do not have the same tensors at all, as without optimizer state: over these no collective would end.
+
+    Through the store, and names only where there is something to tell.
+    """
+    names = [f"{label} ({str(tensor.dtype)[6:]} {list(tensor.shape)})" for label, tensor in tensors]
+    said = dict(enumerate(ctx.exchange("diagnose: tensors", hashlib.sha256(repr(names).encode()).hexdigest())))
+    _, odd = minority(said)
+    if not odd:
+        return None
+    others = [rank for rank in range(ctx.world_size) if rank not in odd]
+    lists = [json.loads(text) for text in ctx.exchange("diagnose: names of tensors", json.dumps(names))]
+    pairs = itertools.zip_longest(lists[odd[0]], lists[others[0]], fillvalue="nothing")
+    theirs, usual = next(pair for pair in pairs if pair[0] != pair[1])
+    return Verdict(
+        "desync", tuple(odd), f"of the model's state {name(odd)} holds {theirs} where {name(others)} hold {usual}"
+    )
+
+
 def state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, torch.Tensor]]:
     """What must be alike on all ranks, with a name for each, in the same order everywhere."""
     own = getattr(model, "module", model)  # DDP's names without DDP
@@ -55,16 +83,27 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator
                         yield f"optimizer {key} of {names.get(parameter, 'a parameter')}", value
 
 
+@functools.cache
+def factors(device: torch.device) -> torch.Tensor:
+    """int64 [PART], from 1 to 2^31 - 1: the same on all ranks, whatever device they have."""
+    return torch.randint(1, 2**31, (PART,), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 @torch.no_grad()
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """int64, 0-d: the sum of the tensor's 8-byte words, and that of every third one, so that places count too.
+    """int64, 0-d: a multilinear hash of the tensor's bits (Lemire and Kaser, arXiv:1202.4961), part by part.
 
-    Integers add up to the same in any order: equal bits give equal fingerprints on every device. (torch.hash_tensor
-    xors: any even number of equal values vanishes, as in the weights of a fresh norm.)
+    Each 4-byte word times a factor of its own, summed modulo 2^64. A change of one word moves the sum by less than 2^63
+    and not by 0, so it is always found; others, and exchanged words, are missed once in some 2^31. Integers add up to
+    the same in any order: equal bits give equal fingerprints on every device. (torch.hash_tensor xors: any even number
+    of equal values vanishes, as in the weights of a fresh norm. A plain sum of words does not see two signs change.)
     """
     bytes_ = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if bytes_.storage_offset() % 8:
+    if len(bytes_) % 4:
+        bytes_ = nn.functional.pad(bytes_, (0, -len(bytes_) % 4))
+    if bytes_.storage_offset() % 4:
         bytes_ = bytes_.clone()
-    whole = len(bytes_) // 8 * 8
-    words = bytes_[:whole].view(torch.int64)
-    return 3 * words.sum() + words[::3].sum() + bytes_[whole:].sum(dtype=torch.int64)
+    found = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bytes_.view(torch.int32).split(PART):
+        found = NEXT_PART * found + (part * factors(tensor.device)[: len(part)]).sum()
+    return found

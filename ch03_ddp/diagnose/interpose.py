@@ -7,6 +7,7 @@ imported as a bare function before (`from torch.distributed import all_reduce`),
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-# name -> which argument is the message that this rank puts in
-COLLECTIVES: dict[str, int | None] = {
-    "all_reduce": 0, "broadcast": 0, "reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "gather": 0,
-    "scatter": 0, "reduce_scatter": 0, "reduce_scatter_tensor": 1, "all_to_all": 1, "all_to_all_single": 1,
-    "barrier": None,
+# name -> the argument that holds the message this rank puts in
+COLLECTIVES: dict[str, str] = {
+    "all_reduce": "tensor", "broadcast": "tensor", "reduce": "tensor", "all_gather": "tensor",
+    "all_gather_into_tensor": "input_tensor", "gather": "tensor", "scatter": "tensor", "reduce_scatter": "input_list",
+    "reduce_scatter_tensor": "input", "all_to_all": "input_tensor_list", "all_to_all_single": "input", "barrier": "",
 }  # fmt: skip
 Before = Callable[[str, torch.Tensor | None, td.ProcessGroup], None]
 
@@ -33,12 +34,15 @@ def interposed(before: Before | None, mark: Callable[[], Any], waited: Callable[
         waited: is given the marks before and after each call and each wait.
     """
 
-    def around(name: str, original: Callable[..., Any], position: int | None) -> Callable[..., Any]:
+    def around(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             begin = mark()
             if before:
-                before(described(name, kwargs), message(args, kwargs, position), kwargs.get("group") or td.group.WORLD)
+                given = bound(original, args, kwargs)
+                group = given.get("group") or td.group.WORLD
+                if isinstance(group, td.ProcessGroup):  # else this rank does not belong to it, and torch does nothing
+                    before(described(name, given), message(name, given), group)
             result = original(*args, **kwargs)
             waited(begin, mark())
             return result
@@ -56,8 +60,8 @@ def interposed(before: Before | None, mark: Callable[[], Any], waited: Callable[
     original_wait = td.Work.wait
     try:
         td.Work.wait = wait
-        for name, position in COLLECTIVES.items():
-            setattr(td, name, around(name, originals[name], position))
+        for name, original in originals.items():
+            setattr(td, name, around(name, original))
         yield
     finally:
         td.Work.wait = original_wait
@@ -65,19 +69,27 @@ def interposed(before: Before | None, mark: Callable[[], Any], waited: Callable[
             setattr(td, name, original)
 
 
-def described(name: str, kwargs: dict[str, Any]) -> str:
+signature_of = functools.cache(inspect.signature)
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, however they were passed; {} if they do not fit, which the call itself will say."""
+    try:
+        return dict(signature_of(function).bind(*args, **kwargs).arguments)
+    except TypeError:
+        return {}
+
+
+def described(name: str, given: dict[str, Any]) -> str:
     """The function with what else must be alike on all ranks: all_reduce(MAX), broadcast(src=1)."""
-    given = [f"{key}={kwargs[key]}" for key in ("src", "dst") if kwargs.get(key) is not None]
-    op = kwargs.get("op", td.ReduceOp.SUM)
+    words = [f"{key}={given[key]}" for key in ("src", "dst", "group_src", "group_dst") if given.get(key) is not None]
+    op = given.get("op", td.ReduceOp.SUM)
     if op != td.ReduceOp.SUM:
-        given.append(str(op).rsplit(".", 1)[-1])
-    return f"{name}({', '.join(given)})" if given else name
+        words.append(str(op).rsplit(".", 1)[-1])
+    return f"{name}({', '.join(words)})" if words else name
 
 
-def message(args: tuple[Any, ...], kwargs: dict[str, Any], position: int | None) -> torch.Tensor | None:
+def message(name: str, given: dict[str, Any]) -> torch.Tensor | None:
     """The tensor that this rank puts in; of a list its first."""
-    if position is None:
-        return None
-    names = ("tensor", "input_tensor", "input", "input_list", "input_tensor_list")
-    found = args[position] if len(args) > position else next((kwargs[n] for n in names if n in kwargs), None)
+    found = given.get(COLLECTIVES[name])
     return found[0] if isinstance(found, list | tuple) and found else found

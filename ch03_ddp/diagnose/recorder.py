@@ -59,15 +59,18 @@ class Call:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def calls() -> list[Call]:
-    """This rank's collectives, oldest first: the last KEPT of each group. Sends and receives are left out."""
+def calls(since_ns: int = 0) -> list[Call]:
+    """This rank's collectives since that time, oldest first: the last KEPT of each group, without sends and receives.
+
+    The recorder outlives a process group, and the next one numbers its calls from 1 again.
+    """
     entries: list[dict[str, Any]] = []
     for name in ("_dump_fr_trace", "_dump_nccl_trace"):  # two recorders: gloo's, and NCCL's where torch has it
         if dump := getattr(c10d, name, None):
             entries += pickle.loads(dump()).get("entries", [])
     by_group: dict[str, list[Call]] = {}
     for entry in entries:
-        if not entry["is_p2p"]:
+        if not entry["is_p2p"] and entry["time_created_ns"] >= since_ns:
             call = _call(entry)
             by_group.setdefault(call.group, []).append(call)
     return [call for each in by_group.values() for call in sorted(each, key=lambda c: c.number)[-KEPT:]]

@@ -100,9 +100,21 @@ def judge(reports: dict[int, Report], gone: dict[int, str]) -> Verdict | None:
     if any(report.state == "terminated" for report in reports.values()):
         return None  # by whoever ends the job: no fault of anybody's
     names = dict.fromkeys(group for report in reports.values() for group in report.groups)
+    absences, free = [], []
     for group in names:
-        if found := _mismatch(group, reports) or _absent(group, reports):
+        if found := _mismatch(group, reports):
             return found
+        if found := _absent(group, reports):
+            absences.append(found)
+            if not any(call.group != group for rank in found.ranks for call in _pending(reports[rank])):
+                free.append(found)
+    if free:  # who waits in a call of another group cannot come to this one: the cause is with those that do not
+        return free[0]
+    if len(absences) > 1:
+        ranks = sorted({rank for found in absences for rank in found.ranks})
+        return Verdict("order", tuple(ranks), " and ".join(found.text for found in absences))
+    if absences:
+        return absences[0]
     if stuck := [call for report in reports.values() for call in _pending(report)]:
         return Verdict("network", tuple(reports), f"all ranks are in {stuck[0].what}, and it does not end")
     inside = [rank for rank, report in reports.items() if report.state == "inside"]
@@ -179,7 +191,9 @@ def _absent(group: str, reports: dict[int, Report]) -> Verdict | None:
     first = min(last[rank].number if last[rank] else 0 for rank in missing) + 1  # type: ignore[union-attr]
     missing = [rank for rank in missing if (last[rank].number if last[rank] else 0) == first - 1]  # type: ignore[union-attr]
     waiting = [rank for rank in last if rank not in missing]
-    call = next(c for rank in waiting for c in reports[rank].calls if c.group == group and c.number == first)
+    entered = (c for rank in waiting for c in reports[rank].calls if c.group == group)
+    # A report holds the newest calls of a rank: one that is far ahead no longer tells of the first that was missed.
+    call = min((c for c in entered if c.number >= first), key=lambda c: c.number)
     if all(report.state == "left" for report in reports.values()):  # a root may be done before anybody receives
         text = f"{name(waiting)} called {call.what}, and {name(missing)} never did"
         return Verdict("order", tuple(min(missing, waiting, key=len)), text)

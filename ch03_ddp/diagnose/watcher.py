@@ -51,6 +51,7 @@ class Watch:
         if os.environ.get("TORCH_FR_BUFFER_SIZE") == "0":
             raise script.UserError("TORCH_FR_BUFFER_SIZE=0 turns the Flight Recorder off; unset it for diagnose.watch")
         self._ctx, self._timeout_s = ctx, timeout_s
+        self._began_ns = time.time_ns()
         # Connections of its own: one client of the store serves one thread at a time, and the main thread may be in it.
         prefix = f"watch/{next(_watches)}"
         self._store = PrefixStore(prefix, ctx.store.clone())
@@ -139,7 +140,7 @@ class Watch:
         self._report.state = "left"
         patience = time.monotonic() + self._timeout_s
         try:
-            self._store.set(f"digest/{self._ctx.rank}", digest())
+            self._store.set(f"digest/{self._ctx.rank}", digest(self._calls()))
             if self._store.add("left", 1) == self._ctx.world_size:
                 self._store.set("all left", "")
             while not self._store.check(["all left"]):
@@ -203,11 +204,8 @@ class Watch:
                         answered.set()
             except RuntimeError:  # the store does not answer: the process that served it is gone
                 host = "torchrun's agent" if "TORCHELASTIC_RUN_ID" in os.environ else "rank 0"
-                last = (
-                    f"; the last call of rank {self._ctx.rank} was {made[-1].what}"
-                    if (made := recorder.calls())
-                    else ""
-                )
+                made = self._calls()
+                last = f"; the last call of rank {self._ctx.rank} was {made[-1].what}" if made else ""
                 self._verdict = Verdict("death", (0,), f"rank 0 is gone, and the store that {host} served{last}")
             self._over.wait(POLL_S)
         if self._verdict:
@@ -218,9 +216,12 @@ class Watch:
         if self._verdict and not self._over.is_set():
             self._let_go()
 
+    def _calls(self) -> list[recorder.Call]:
+        return recorder.calls(self._began_ns)
+
     def _stuck(self) -> str:
         """What this rank has waited in for too long."""
-        late = [call for call in recorder.calls() if not call.done and call.age_s > self._timeout_s]
+        late = [call for call in self._calls() if not call.done and call.age_s > self._timeout_s]
         if self._check and self._check.waiting and time.monotonic() > self._check.waiting[1] + self._timeout_s:
             late.append(self._check.waiting[0])
         return f"{late[0].what} takes more than {self._timeout_s:g} s" if late else ""
@@ -240,7 +241,7 @@ class Watch:
         if self._found or self._alarm.settled():
             return self._alarm.settle(self._found)
         report = self._report
-        report.calls, report.groups = recorder.calls(), recorder.groups()
+        report.calls, report.groups = self._calls(), recorder.groups()
         if self._check and self._check.waiting:
             report.calls.append(self._check.announced(report.calls))
         report.without_gradient = [name for model in self._models for name in model.without_gradient]
@@ -266,10 +267,9 @@ class Watch:
             os._exit(2)
 
 
-def digest() -> str:
+def digest(calls: list[recorder.Call]) -> str:
     """Of the job's own group: how many calls, and which."""
-    own = [call for call in recorder.calls() if call.group == "0"]
-    text = repr([(call.number, call.signature) for call in own])
+    text = repr([(call.number, call.signature) for call in calls if call.group == "0"])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
