@@ -31,6 +31,7 @@ def plan(config: Any) -> nn.Module:
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
     model.to_empty(device=device)
+    model.tie_weights()  # to_empty has made a tensor for each name
     initialize_buffers(model)
 
 
