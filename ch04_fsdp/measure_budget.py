@@ -8,11 +8,11 @@ One cell    python ch04_fsdp/measure_budget.py --cells deep:full:2:recompute=blo
 GPU node    python ch04_fsdp/measure_budget.py --ranks 8 --presets small,1b --seq-len 1024
 You see     a row a cell: planned and measured MiB and the error; RESULT has the largest error and the median
 
-On a GPU the measure is the caching allocator's peak. A CPU has no such counter, but the kernel keeps a process's largest
-resident set (VmHWM). It is the truth if three things are seen to: glibc must give freed tensors back at once
+On a GPU the measure is the caching allocator's peak. A CPU has no such counter, but the kernel keeps a process's
+largest resident set (VmHWM). It is the truth if three things are seen to: glibc must give freed tensors back at once
 (MALLOC_MMAP_THRESHOLD_), every cell needs processes of its own, and what is not the model's (code pages, gloo's
-connections, scratch space of the matrix library) must be there before the baseline is taken: a model of the same width
-with one layer trains a step first.
+connections, scratch space of the matrix library) must be there before the baseline is taken: a model of the same
+width with one layer trains a step first.
 """
 
 from __future__ import annotations
