@@ -20,9 +20,10 @@ from ch02_hardware_parallelism.stages import Stage
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
 from ch04_fsdp import activations, plan_memory, recompute, step, weights
 from ch04_fsdp import model as models
-from ch04_fsdp.budget import Step, budget
+from ch04_fsdp.budget import budget
 from ch04_fsdp.setting import Setting, in_flight, layers_of, part
 from ch04_fsdp.sharding import Sharding, shard
+from ch04_fsdp.walk import Step
 from common import dist, lm, process, profiling
 from common.script import UserError
 from tests.inprocess import run_script as run
