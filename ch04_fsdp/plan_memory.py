@@ -40,7 +40,8 @@ GPUS = {  # MiB, as nvidia-smi names the total
     "B200": 183359,
 }  # fmt: skip
 CONTEXT, FRAGMENTATION = 1.5 * GIB, 0.1
-COLUMNS = ("parameters", "optimizer", "gradients", "gathered weights", "communication", "activations", "temporaries")
+COLUMNS = ("parameters", "optimizer", "gradients", "gathered weights", "communication", "activations", "temporaries",
+           "buffers")  # fmt: skip
 
 
 def reserve(plan: Budget) -> float:
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict:
         return searched(config, base[0], memory, args.show)
     result: dict[str, Any] = {"parameters": count, "memory_gib": memory / GIB, "peak_gib": {}, "fits": [],
                               "largest_micro_batch": {}, "largest_seq_len": {}}  # fmt: skip
-    heads = ("params", "optim.", "grads", "gathered", "comm.", "activ.", "temp.")
+    heads = ("params", "optim.", "grads", "gathered", "comm.", "activ.", "temp.", "buffers")
     print(f"{'GiB a rank':12}" + "".join(f"{name:>9}" for name in heads) + f"{'peak':>8}{'reserve':>9}  fits"
           f"{'batch':>8}{'seq':>8}  peak in")  # fmt: skip
     for setting, plan in zip(base, plans, strict=True):
@@ -219,7 +220,8 @@ def main(argv: list[str] | None = None) -> dict:
         result["fits"] += [setting.strategy] if fits else []
     print("batch: the largest micro-batch at this length; seq: the longest sequence, one a micro-batch (steps of 256)")
     plot(base, plans, memory, run.path("memory_by_strategy.png"), args.preset)
-    return result
+    totals = result["peak_gib"].values()
+    return result | {"strategies_that_fit": len(result["fits"]), "least_gib": min(totals), "most_gib": max(totals)}
 
 
 def searched(config: Any, base: Setting, memory: float, show: int) -> dict:
@@ -249,7 +251,7 @@ def plot(base: list[Setting], plans: list[Budget], memory: float, path: Path, ti
 
     figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
     names, floor = [setting.strategy for setting in base], [0.0] * len(base)
-    colors = ("#1f5c99", "#2e7d32", "#b3541e", "#6fa8dc", "#8e7cc3", "#c9c9c9", "#e8d9a8", "#777777")
+    colors = ("#1f5c99", "#2e7d32", "#b3541e", "#6fa8dc", "#8e7cc3", "#c9c9c9", "#e8d9a8", "#c27ba0", "#777777")
     for kind, color in zip((*COLUMNS, "reserve"), colors, strict=True):
         heights = [(reserve(p) if kind == "reserve" else p.at_peak.get(kind, 0)) / GIB for p in plans]
         axes.bar(names, heights, bottom=floor, color=color, label=kind)

@@ -23,7 +23,9 @@ from typing import Any
 from ch04_fsdp.activations import Ends, Layer
 from ch04_fsdp.setting import OPTIMIZER_BYTES, Setting, in_flight, part
 
-# DeepSpeed's defaults, in elements (deepspeed.ai, "DeepSpeed Configuration JSON", zero_optimization)
+# DeepSpeed's defaults, in elements (deepspeed.ai, "DeepSpeed Configuration JSON", zero_optimization). The bucket into
+# which gradients are copied is allocated whole, however small the model: for stages 1 and 2 when backward begins, for
+# stage 3 once.
 REDUCE_BUCKET = ALLGATHER_BUCKET = 500_000_000
 PREFETCH_BUCKET, MAX_LIVE_PARAMETERS = 50_000_000, 1_000_000_000
 
@@ -81,6 +83,8 @@ class Step:
             self.synchronizes = number == rounds - 1 or self.setting.sync_each
             self.accumulates = number > 0
             self.forward()
+            if self.setting.strategy in ("zero1", "zero2"):
+                self.ledger.hold("communication", self.setting.weight * REDUCE_BUCKET)
             self.loss()
             self.backward()
         self.update()
@@ -105,6 +109,8 @@ class Step:
             else:
                 self.ledger.hold(kind, size)
         self.ledger.hold("buffers", 8 * self.layer.rotary)
+        if s.strategy == "zero3":
+            self.ledger.hold("buffers", s.weight * REDUCE_BUCKET)
         if s.strategy == "replicate" and s.replicas > 1:
             self.ledger.hold("gradients", 4 * count)  # views into DDP's buckets, which stay
 
@@ -195,8 +201,6 @@ class Step:
 
     def backward(self) -> None:
         s, ledger, layers = self.setting, self.ledger, self.part.layers
-        if s.strategy in ("zero2", "zero3"):
-            ledger.hold("communication", s.weight * min(self.part.total, REDUCE_BUCKET))
         ledger.phase = "backward of the head"
         last = -1 if self.part.tied else layers
         self.unshard_for_backward(last)
