@@ -74,13 +74,14 @@ class Step:
         self.over_gloo = setting.device == "cpu"
         self.offloads = setting.offload == "disk" or (setting.offload == "cpu" and setting.device != "cpu")
         self.pending: set[int] = set()  # units whose all-gather has been started
-        self.reduced = 0  # FSDP: the input of the last reduction, kept until the next one
+        self.reduced = 0  # FSDP: the input of the last reduction, kept until the next one or the step's last backward
 
     def walk(self) -> None:
         self.hold_states()
         rounds = min(2, self.setting.accumulate) if self.setting.pp == 1 else 1
         for number in range(rounds):
-            self.synchronizes = number == rounds - 1 or self.setting.sync_each
+            self.is_final = number == rounds - 1
+            self.synchronizes = self.is_final or self.setting.sync_each
             self.accumulates = number > 0
             self.forward()
             if self.setting.strategy in ("zero1", "zero2"):
@@ -227,10 +228,11 @@ class Step:
                 ledger.touch("temporaries", 2 * self.part.embedding * self.gradient_bytes)
                 self.gradient(self.config.hidden_size)
             self.finish(-1)
-        ledger.drop("communication")
         ledger.drop("activations")
         ledger.drop("temporaries")
-        self.reduced = 0
+        if self.is_final or not s.is_fsdp:
+            ledger.drop("communication")
+            self.reduced = 0
         if s.strategy == "zero3":
             ledger.drop("gathered weights")
 
