@@ -54,10 +54,11 @@ SMOKE = [
     "deep:replicate:1", "deep:full:2", "deep:full:2:recompute=block", "wide:grad:2", "words:replicate:2",
 ]  # fmt: skip
 GRID = [
-    *(f"{preset}:{strategy}" for preset in ("nano", "deep", "wide", "words")
+    "nano:replicate:2", "nano:full:2",
+    *(f"{preset}:{strategy}" for preset in ("deep", "wide", "words")
       for strategy in ("replicate:1", "replicate:2", "full:2", "grad:2")),
-    *(f"deep:{strategy}:recompute={choice}" for strategy in ("full:2", "replicate:1")
-      for choice in ("block", "every-2", "mlp", "ops")),
+    *(f"deep:full:2:recompute={choice}" for choice in ("block", "every-2", "mlp", "ops")),
+    "deep:replicate:1:recompute=ops", "deep:replicate:1:recompute=every-2",
     "wide:full:1", "wide:hybrid:4:shard_ranks=2", "wide:hybrid-grad:2:shard_ranks=1",
     "wide:full:2:accumulate=2", "wide:full:2:accumulate=2:sync_each=1", "wide:full:2:prefetch=2",
     "deep:full:2:micro_batch=4", "deep:full:2:seq_len=1024:micro_batch=1", "words:full:2:micro_batch=1:recompute=block",

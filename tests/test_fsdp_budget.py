@@ -122,7 +122,7 @@ def test_formula_agrees_with_chapter_1():
 
 
 def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> list[dict[str, int]]:
-    """What each cell holds between steps, and the most that it allocates in its third: by the profiler's events."""
+    """What each cell holds between steps, and the most that it allocates in its second: by the profiler's events."""
     found = []
     with dist.session("cpu", threads=1) as ctx:
         for number, (shape, options) in enumerate(cells):
@@ -143,8 +143,7 @@ def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> l
                 step.backward(wrapped, [data] * n, n * 512 * ctx.world_size, ctx.world_size, sharding, sync_each=s)
                 step.update(wrapped, optimizer, 1.0)
 
-            one_step()
-            one_step()
+            one_step()  # makes the optimizer's state
             states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
             local = [t.to_local() if hasattr(t, "to_local") else t for t in states]
             held = models.held_bytes(models.inner(wrapped))
@@ -164,16 +163,15 @@ def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> l
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
 APART = WIDE | {"tie_word_embeddings": False, "num_key_value_heads": 2, "vocab_size": 1024}
-WORDS = WIDE | {"vocab_size": 16384}
+WORDS = WIDE | {"num_hidden_layers": 2, "vocab_size": 8192}
 FOLLOWED: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
-    1: [(WIDE, {"strategy": "replicate"}), (APART, {"strategy": "replicate", "recompute": "block"}),
-        (WIDE, {"strategy": "replicate", "dtype": torch.bfloat16}), (APART, {"strategy": "full"})],
+    1: [(WIDE, {"strategy": "replicate", "dtype": torch.bfloat16}),
+        (APART, {"strategy": "replicate", "recompute": "block"}), (APART, {"strategy": "full", "recompute": "ops"})],
     2: [(WIDE, {"strategy": "full"}), (APART, {"strategy": "full", "recompute": "mlp"}),
         (APART, {"strategy": "grad"}), (WORDS, {"strategy": "full", "recompute": "block"}),
         (WIDE, {"strategy": "replicate", "recompute": "every-2"}), (APART, {"strategy": "hybrid", "shard_ranks": 1}),
-        (APART, {"strategy": "full", "dtype": torch.bfloat16}), (APART, {"strategy": "full", "accumulate": 2}),
-        (APART, {"strategy": "full", "accumulate": 2, "sync_each": True}), (WIDE, {"strategy": "full", "prefetch": 2}),
-        (WIDE, {"strategy": "full", "recompute": "ops"})],
+        (APART, {"strategy": "full", "dtype": torch.bfloat16, "prefetch": 2}),
+        (APART, {"strategy": "full", "accumulate": 2}), (APART, {"strategy": "full", "accumulate": 2, "sync_each": True})],
 }  # fmt: skip
 
 
@@ -330,11 +328,12 @@ def test_plan_memory_with_bad_input(argv: list[str], line: str):
 
 
 def test_measured_within_a_tenth():
-    cells = "deep:replicate:1,deep:full:2:recompute=block"
-    done = process.run(f"python ch04_fsdp/measure_budget.py --device cpu --cells {cells}", timeout_s=90)
+    """The resident set of real processes; the exercise does it over a whole grid."""
+    cell = "deep:full:2:recompute=block"
+    done = process.run(f"python ch04_fsdp/measure_budget.py --device cpu --cells {cell}", timeout_s=90)
     assert done.returncode == 0, done.stderr
     assert done.result
-    assert done.result["cells"] == 2
+    assert done.result["measured_mib_min"] > 100
     assert done.result["error_percent_max"] < 10
 
 
