@@ -109,15 +109,18 @@ class Layer:
         return self.saved
 
     def recomputed(self, recompute: str, number: int) -> int:
-        """What comes into being a second time in its backward pass. (A layer's input is also its first norm's.)"""
-        if self.kept(recompute, number) == self.saved:
+        """What comes into being a second time in its backward pass, so that all that backward needs is there."""
+        kept = self.kept(recompute, number)
+        if kept == self.saved:
             return 0
         if recompute == "mlp":
             return 4 * self.inner
-        shared = self.stream if self.precision != "low" else 0  # fp32: the norm saves the input itself
-        if recompute == "ops":  # the products are there: norms, the rotated q and k, silu(gate) and gate x up are not
-            return 2 * self.norm - shared + self._input(4) + self.heads + 2 * self.inner
-        return self.saved - shared
+        alive = self.saved + (
+            self.stream if self.precision == "low" else 0
+        )  # else the first norm saves the input itself
+        if recompute == "ops":  # the result of the last product is kept until the layer's end, though nobody needs it
+            alive += self._input(1)
+        return alive - kept
 
 
 @dataclass(frozen=True)

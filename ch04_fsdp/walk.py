@@ -272,7 +272,7 @@ class Step:
         ledger.hold("temporaries", layer.stream)  # the gradient that comes in
         ledger.hold("activations", again)
         self.gradient(mlp // 3)
-        ledger.touch("temporaries", (3 if again else 2) * layer.inner)  # of gate x up, and of both
+        ledger.touch("temporaries", 2 * layer.inner)  # of gate x up (whose value is gone by then) and of both: 3 - 1
         self.gradient(mlp - mlp // 3)
         ledger.drop("activations", layer.mlp + layer.norm)
         ledger.touch("temporaries", layer.mixed + layer.heads)  # of attention's result, and of q, k and v

@@ -122,7 +122,7 @@ def test_formula_agrees_with_chapter_1():
 
 
 def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> list[dict[str, int]]:
-    """What each cell holds between steps, and the most that it allocates in its second: by the profiler's events."""
+    """What each cell holds between steps, and the most that it allocates in its third: by the profiler's events."""
     found = []
     with dist.session("cpu", threads=1) as ctx:
         for number, (shape, options) in enumerate(cells):
@@ -144,6 +144,7 @@ def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> l
                 step.update(wrapped, optimizer, 1.0)
 
             one_step()  # makes the optimizer's state
+            one_step()  # in its second step DDP builds its buckets anew
             states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
             local = [t.to_local() if hasattr(t, "to_local") else t for t in states]
             held = models.held_bytes(models.inner(wrapped))
@@ -177,14 +178,18 @@ FOLLOWED: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("count", FOLLOWED)
 def test_plan_equals_what_torch_allocates(count: int, tmp_path: Path):
-    """States to the byte; the peak of a step within 3 % of the allocator's."""
+    """States to the byte; the peak of a step within 4 % of the allocator's."""
     for number, found in enumerate(values(run_ranks(follow, count, FOLLOWED[count], str(tmp_path), timeout_s=90))[0]):
         shape, options = FOLLOWED[count][number]
         setting = Setting(ranks=count, micro_batch=4, seq_len=128, device="cpu", **({"dtype": torch.float32} | options))
         plan = budget(config(**shape), setting)
         for kind in ("parameters", "optimizer", "buffers"):
             assert plan.between[kind] == found[kind], (kind, options)
-        assert plan.peak == pytest.approx(found["peak"], rel=0.03), (options, plan.phase, plan.at_peak)
+        assert plan.peak == pytest.approx(found["peak"], rel=0.01 if count == 1 else 0.04), (
+            options,
+            plan.phase,
+            plan.at_peak,
+        )
 
 
 def test_zero_is_the_papers():
