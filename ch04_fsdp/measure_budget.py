@@ -107,9 +107,9 @@ class Cell:
 
     def __str__(self) -> str:
         s, plain = self.setting, Setting()
-        shown = ("shard_ranks", "micro_batch", "seq_len", "recompute", "accumulate", "sync_each", "prefetch", "offload")
+        shown = ("shard_ranks", "recompute", "accumulate", "sync_each", "prefetch", "offload")
         other = [f"{name}={getattr(s, name)}" for name in shown if getattr(s, name) != getattr(plain, name)]
-        return " ".join([*other, str(s.dtype).removeprefix("torch.")])
+        return " ".join([f"{s.micro_batch} x {s.seq_len}", *other, str(s.dtype).removeprefix("torch.")])
 
 
 def train(config: Any, cell: Cell, ctx: dist.Context, steps: int) -> None:
