@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     ranks.forkserver.set_forkserver_preload(["ch04_fsdp.measure_budget", "torch._dynamo",
                                              "transformers.models.llama.modeling_llama"])  # fmt: skip
     rows: list[dict[str, Any]] = []
-    print(f"{'preset':8}{'strategy':12}{'ranks':>5}{'planned':>9}{'measured':>10}{'error':>8}  {'peak in':24}setting")
+    print(f"{'preset':8}{'strategy':12}{'ranks':>5}{'planned':>9}{'measured':>10}{'error':>8}  {'peak in':26}setting")
     for cell in grid(args, device):
         planned = budget(cell.config(), cell.setting)
         measured = max(ranks.values(ranks.run_ranks(measure, cell.setting.ranks, cell, timeout_s=120)))
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> dict:
                      "planned_mib": planned.peak / MIB, "measured_mib": measured / MIB, "error": error})  # fmt: skip
         print(
             f"{cell.preset:8}{cell.setting.strategy:12}{cell.setting.ranks:5}{planned.peak / MIB:9.1f}"
-            f"{measured / MIB:10.1f}{100 * error:+7.1f}%  {planned.phase:24}{cell}",
+            f"{measured / MIB:10.1f}{100 * error:+7.1f}%  {planned.phase:26}{cell}",
             flush=True,
         )
         run.log(**rows[-1])
