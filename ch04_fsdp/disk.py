@@ -166,13 +166,20 @@ class Tier:
 
     # The optimizer.
 
+    @torch.no_grad()
     def hold(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let Adam's moments lie in the file, where they are 0. Another optimizer's state stays in memory."""
+        """Let Adam's moments lie in the file: new ones are 0, loaded ones move. Others' state stays in memory."""
         if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
             return
         for parameter in (p for unit in self.units for p in unit if p.requires_grad):
-            moments = {kind: self._in_file(parameter, kind) for kind in STATE}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            state = optimizer.state[parameter]
+            state.setdefault("step", torch.zeros(()))
+            for kind in STATE:
+                place = self._in_file(parameter, kind)
+                if kind in state:
+                    place.to_local().copy_(state[kind].to_local())
+                    self.leave([parameter], [kind], changed=True)
+                state[kind] = place
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -213,6 +220,13 @@ class Tier:
 def of(model: nn.Module) -> Tier | None:
     """The tier that holds a model's shards, if there is one."""
     return getattr(model, "_disk_tier", None)
+
+
+def settle(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """After a checkpoint has been loaded: what is in memory goes to the file."""
+    if tier := of(model):
+        tier.hold(optimizer)
+        leave(model)
 
 
 def leave(model: nn.Module) -> None:

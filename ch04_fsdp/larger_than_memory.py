@@ -3,7 +3,7 @@
 You learn   what it takes to train a model that does not fit: DDP needs all of it on each rank, FSDP on N ranks one N-th
             and a layer, a disk behind one rank a layer
 Laptop      python ch04_fsdp/larger_than_memory.py
-GPU node    python ch04_fsdp/larger_than_memory.py --preset 1b --seq-len 1024 --global-batch 8 --offload-dir /mnt/nvme
+GPU node    python ch04_fsdp/larger_than_memory.py --preset 1b --seq-len 128 --offload-dir /mnt/nvme
 Cluster     the cap by itself: srun python ch04_fsdp/train_fsdp.py --preset 8b --memory-cap-gib 40 [--offload disk]
 You see     DDP and one rank alone end with one line, out of memory, and exit code 2; FSDP on two ranks and four, and
             one rank with its shards on disk train, all to the same losses
@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> dict:
         result[f"{key}_exit_codes"] = done.exit_codes
         if result[key] != ("trains" if trains else "out of memory"):
             wrong.append(f"{name}: {result[key]} {done.error}")
+        if done.error:
+            result[f"{key}_error"] = done.error
         if done.result:
             losses = done.result["losses"]
             first_losses = first_losses or losses

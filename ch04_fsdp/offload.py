@@ -2,7 +2,7 @@
 
 You learn   what each place costs and saves, how much has to move in a step, and how fast your disk would have to be
 Laptop      python ch04_fsdp/offload.py
-GPU node    python ch04_fsdp/offload.py --ranks 1 --preset 1b --seq-len 1024 --global-batch 8 --offload-dir /mnt/nvme
+GPU node    python ch04_fsdp/offload.py --preset 1b --seq-len 512 --offload-dir /mnt/nvme
 Training    torchrun ... ch04_fsdp/train_fsdp.py --offload cpu, or --offload disk --offload-dir /mnt/nvme
 You see     the same loss and the same hash of the weights in every row; less memory in each; the disk's own speed next
             to what paging reached, from the page cache and with every page read from the disk

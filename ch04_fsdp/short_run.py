@@ -12,7 +12,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,7 @@ def train(job: Job) -> dict[str, Any]:
         blocks = data.Blocks(
             training.load_corpus(Namespace(preset=job.preset, data="stdlib", seq_len=job.seq_len)).train, job.seq_len
         )
-        tiny = Job(job.sharding, preset=job.preset, layers=1, hidden=64, steps=1, global_batch=ctx.world_size)
-        _steps(tiny, blocks, ctx)
+        _steps(replace(job, layers=1, hidden=64, steps=1, global_batch=ctx.world_size), blocks, ctx)
         gc.collect()
         memory_cap.return_what_is_freed()
         peak, host_peak = memory_cap.Peak(ctx.device), memory_cap.Peak(torch.device("cpu"))

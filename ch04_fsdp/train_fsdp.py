@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer = model.make_optimizer(inner, args.lr)
         script.seed_everything(args.seed + 1 + ctx.rank)  # from here on each rank has a random stream of its own
         first, position = keeper.load(source, inner, optimizer) if source else (0, 0)
-        disk.leave(inner)
+        disk.settle(inner, optimizer)
         feed = open_feed(args, corpus, ctx, position)
         report = ShardedReport(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)
