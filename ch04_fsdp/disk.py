@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ class Tier:
                 slow, and what it would be if the file were far larger than the machine's memory.
 
         Raises:
-            UserError: the folder is missing, cannot be written to, or has too little room.
+            UserError: the folder is missing, cannot be written to, or has too little room; or this is no Linux.
         """
         self.cached = cached
         self.paged_in = self.paged_out = 0
@@ -258,6 +259,8 @@ def _mapped(folder: Path, size: int) -> tuple[IO[bytes], mmap.mmap]:
 
     Its room is taken now: a write through a mapping that finds the disk full later kills the process (SIGBUS).
     """
+    if not sys.platform.startswith("linux"):
+        raise UserError("offload to a disk needs Linux (fallocate, madvise); take --offload cpu")
     try:
         free = shutil.disk_usage(folder).free
         if size > free:
@@ -280,15 +283,20 @@ def kind_of_disk(folder: Path) -> str:
     return next((found[parent] for parent in parents if parent in found), "unknown")
 
 
-def folder_for(chosen: Path | None, run_folder: Path) -> Path:
-    """Where to offload to: what the user chose, which must be there (a disk that is not mounted is none), or the run's.
+def existing_folder(text: str) -> Path:
+    """argparse type of --offload-dir. It must be there: a disk that is not mounted is not to be taken for another.
 
     Raises:
         UserError: it is not there, or no folder.
     """
+    if not Path(text).is_dir():
+        raise UserError(f"no folder {text}; make it on the disk to offload to, or pass another --offload-dir")
+    return Path(text)
+
+
+def folder_for(chosen: Path | None, run_folder: Path) -> Path:
+    """Where to offload to: what the user chose, else the run's; with a warning where that is no disk."""
     folder = chosen or run_folder
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; make it on the disk to offload to, or pass another --offload-dir")
     if (kind := kind_of_disk(folder)) in IN_MEMORY:
         log.warning(f"{folder} is on {kind}, which is memory and no disk: pass --offload-dir on a disk")
     return folder

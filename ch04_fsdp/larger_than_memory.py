@@ -48,7 +48,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--steps", type=script.at_least(2), default=4)
     made.add_argument("--seq-len", type=script.at_least(2), default=32)
     made.add_argument("--global-batch", type=script.at_least(4), default=4, help="sequences a step; divisible by 4")
-    made.add_argument("--offload-dir", type=Path, help="folder on the disk to offload to (default: the run folder)")
+    made.add_argument(
+        "--offload-dir", type=disk.existing_folder, help="folder on the disk to offload to (default: the run folder)"
+    )
     made.add_argument("--timeout", type=script.positive, default=120, help="seconds that a case may take")
     args = made.parse_args(argv)
     if args.global_batch % 4:

@@ -44,7 +44,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--seq-len", type=script.at_least(2), default=64)
     made.add_argument("--global-batch", type=script.at_least(1), default=4, help="sequences a step, over all ranks")
     made.add_argument("--recompute", default="none", help="activation checkpointing, see recompute.py")
-    made.add_argument("--offload-dir", type=Path, help="folder on the disk to offload to (default: the run folder)")
+    made.add_argument(
+        "--offload-dir", type=disk.existing_folder, help="folder on the disk to offload to (default: the run folder)"
+    )
     made.add_argument("--timeout", type=script.positive, default=300, help="seconds that a row may take")
     args = made.parse_args(argv)
     if args.global_batch % args.ranks:

@@ -24,8 +24,8 @@ def add_sharding_flags(made: argparse.ArgumentParser) -> None:
                        "(default: those of a node)")  # fmt: skip
     group.add_argument("--recompute", default="none", help=f"activation checkpointing: {', '.join(recompute.CHOICES)}")
     group.add_argument("--offload", choices=OFFLOADS, default="none", help="where shards and optimizer state live")
-    group.add_argument("--offload-dir", type=Path, help="--offload disk: a folder on that disk (default: the run's); "
-                       "its file has no name and goes with the process")  # fmt: skip
+    group.add_argument("--offload-dir", type=disk.existing_folder, help="--offload disk: a folder on that disk "
+                       "(default: the run's); its file has no name and goes with the process")  # fmt: skip
     group.add_argument("--memory-cap-gib", type=positive, help="let each rank have so much for the model, no more; see "
                        "larger_than_memory.py")  # fmt: skip
     group.add_argument("--prefetch-layers", type=at_least(0), default=1, help="gathered ahead of the one that computes")
@@ -53,11 +53,7 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
 
 
 def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Path | None:
-    """Where the disk tier's file of this rank goes; None without one.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """Where the disk tier's file of this rank goes; None without one."""
     if args.offload != "disk":
         return None
     own = Path(ctx.exchange("the run folder", str(run_folder.resolve()))[0])  # only rank 0 has made its own
