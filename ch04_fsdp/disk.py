@@ -35,6 +35,7 @@ from common.script import UserError
 log = get_logger()
 KINDS = ("weight", "grad", "exp_avg", "exp_avg_sq")  # what is kept of a parameter; of a frozen one only the weight
 STATE = KINDS[2:]  # Adam's
+Spans = dict[str, tuple[int, int]]  # of one parameter: offset and bytes of each kind
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are memory themselves
 
 
@@ -66,27 +67,30 @@ class Tier:
             for group in module._get_fsdp_state()._fsdp_param_groups
         }  # fmt: skip
         self.units: list[list[nn.Parameter]] = []
-        self._spans: dict[nn.Parameter, dict[str, tuple[int, int]]] = {}  # offset and bytes of each kind
         self._sharded: dict[nn.Parameter, Any] = {}
-        offsets, self.size = [], 0
-        for group in groups.values():
-            unit = {sharded: {} for sharded in group.fsdp_params}
-            for kind in KINDS:
-                for sharded, spans in unit.items():
-                    if kind == "weight" or sharded.sharded_param.requires_grad:
-                        used = sharded.padded_sharded_param_size.numel() * sharded.sharded_param.element_size()
-                        spans[kind] = (self.size, used)
-                        self.size += -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
-            offsets.append(unit)
+        self._spans: dict[nn.Parameter, Spans] = {}
+        self.size = 0
+        laid_out = [self._lay_out(group.fsdp_params) for group in groups.values()]
         self._file, self._map = _mapped(folder, self.size)
-        for group, unit in zip(groups.values(), offsets, strict=True):
+        for number, (group, unit) in enumerate(zip(groups.values(), laid_out, strict=True)):
             for sharded, spans in unit.items():
                 self._place(sharded, spans)
             self.units.append([sharded.sharded_param for sharded in unit])
-            self._follow(group.modules, len(self.units) - 1)
+            self._follow(group.modules, number)
         model._disk_tier = self  # type: ignore[assignment]
 
-    def _place(self, sharded: Any, spans: dict[str, tuple[int, int]]) -> None:
+    def _lay_out(self, unit: list[Any]) -> dict[Any, Spans]:
+        """Room in the file for a unit: all its weights, then all its gradients, and so on, each from a page's start."""
+        room: dict[Any, Spans] = {sharded: {} for sharded in unit}
+        for kind in KINDS:
+            for sharded, spans in room.items():
+                if kind == "weight" or sharded.sharded_param.requires_grad:
+                    used = sharded.padded_sharded_param_size.numel() * sharded.sharded_param.element_size()
+                    spans[kind] = (self.size, used)
+                    self.size += -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+        return room
+
+    def _place(self, sharded: Any, spans: Spans) -> None:
         """Put one parameter's shard into the file, padded as FSDP gathers it: then it never has to be copied."""
         old = sharded.sharded_param
         flat = self._tensor(spans["weight"], old.dtype)

@@ -75,7 +75,8 @@ def outcome(done: Done) -> str:
 
 def row(name: str, done: Done) -> str:
     if not done.result:
-        return f"{name:<16}{outcome(done):<15}{'':>8}{'':>9}  exit codes {done.exit_codes}: {done.error[:90]}"
+        why = done.error.split(". ")[0][:110]
+        return f"{name:<16}{outcome(done):<15}{'':>8}{'':>9}  exit codes {done.exit_codes}: {why}"
     losses = done.result["losses"]
     return (
         f"{name:<16}{outcome(done):<15}{done.result['peak_bytes'] / MIB:>8.0f}{done.result['tokens_per_s']:>9.0f}  "
