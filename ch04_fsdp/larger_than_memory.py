@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict:
         result[key] = outcome(done)
         result[f"{key}_exit_codes"] = done.exit_codes
         if result[key] != ("trains" if trains else "out of memory"):
-            wrong.append(f"{name}: {result[key]} {done.error}")
+            wrong.append(f"{name}: {done.error or result[key]}")
         if done.error:
             result[f"{key}_error"] = done.error
         if done.result:
