@@ -15,28 +15,21 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from common.logs import get_logger
-from common.script import UserError
+from ch04_fsdp import offload_folder
 
-log = get_logger()
 KINDS = ("weight", "grad", "exp_avg", "exp_avg_sq")  # what is kept of a parameter; of a frozen one only the weight
 STATE = KINDS[2:]  # Adam's
 Spans = dict[str, tuple[int, int]]  # of one parameter: offset and bytes of each kind
-IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are memory themselves
 
 
 class Tier:
@@ -71,7 +64,7 @@ class Tier:
         self._spans: dict[nn.Parameter, Spans] = {}
         self.size = 0
         laid_out = [self._lay_out(group.fsdp_params) for group in groups.values()]
-        self._file, self._map = _mapped(folder, self.size)
+        self._file, self._map = offload_folder.mapped(folder, self.size)
         for number, (group, unit) in enumerate(zip(groups.values(), laid_out, strict=True)):
             for sharded, spans in unit.items():
                 self._place(sharded, spans)
@@ -256,51 +249,3 @@ def visited(model: nn.Module, *, changed: bool) -> Iterator[tuple[str, nn.Parame
         yield name, parameter
         if tier:
             tier.leave([parameter], ["weight"], changed=changed)
-
-
-def _mapped(folder: Path, size: int) -> tuple[IO[bytes], mmap.mmap]:
-    """A file without a name, of zeros: it is gone with this process, in whatever way that ends.
-
-    Its room is taken now: a write through a mapping that finds the disk full later kills the process (SIGBUS).
-    """
-    if not sys.platform.startswith("linux"):
-        raise UserError("offload to a disk needs Linux (fallocate, madvise); take --offload cpu")
-    try:
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise UserError(
-                f"{folder} has {free / 2**30:.2f} GiB free, this rank's shards and optimizer state take "
-                f"{size / 2**30:.2f} GiB; make room or pass another --offload-dir"
-            )
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the tier)
-        os.posix_fallocate(file.fileno(), 0, size)
-        mapped = mmap.mmap(file.fileno(), size)
-    except OSError as error:
-        raise UserError(f"cannot offload to {folder} ({error.strerror}); pass another --offload-dir") from None
-    return file, mapped
-
-
-def kind_of_disk(folder: Path) -> str:
-    """The file system that a folder lies on, as in ext4, nfs4 or tmpfs (which is memory, and no disk at all)."""
-    parents = [folder.resolve(), *folder.resolve().parents]
-    found = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next((found[parent] for parent in parents if parent in found), "unknown")
-
-
-def existing_folder(text: str) -> Path:
-    """argparse type of --offload-dir. It must be there: a disk that is not mounted is not to be taken for another.
-
-    Raises:
-        UserError: it is not there, or no folder.
-    """
-    if not Path(text).is_dir():
-        raise UserError(f"no folder {text}; make it on the disk to offload to, or pass another --offload-dir")
-    return Path(text)
-
-
-def folder_for(chosen: Path | None, run_folder: Path) -> Path:
-    """Where to offload to: what the user chose, else the run's; with a warning where that is no disk."""
-    folder = chosen or run_folder
-    if (kind := kind_of_disk(folder)) in IN_MEMORY:
-        log.warning(f"{folder} is on {kind}, which is memory and no disk: pass --offload-dir on a disk")
-    return folder

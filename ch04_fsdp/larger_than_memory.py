@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ch01_intro import training
-from ch04_fsdp import disk, short_run
+from ch04_fsdp import offload_folder, short_run
 from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.short_run import Done, Job
 from common import lm, script
@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--seq-len", type=script.at_least(2), default=32)
     made.add_argument("--global-batch", type=script.at_least(4), default=4, help="sequences a step; divisible by 4")
     made.add_argument(
-        "--offload-dir", type=disk.existing_folder, help="folder on the disk to offload to (default: the run folder)"
+        "--offload-dir",
+        type=offload_folder.existing,
+        help="folder on the disk to offload to (default: the run folder)",
     )
     made.add_argument("--timeout", type=script.positive, default=120, help="seconds that a case may take")
     args = made.parse_args(argv)
@@ -87,7 +89,7 @@ def row(name: str, done: Done) -> str:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     run = script.start(__file__, args)
-    folder = disk.folder_for(args.offload_dir, run.folder)
+    folder = offload_folder.chosen(args.offload_dir, run.folder)
     job = job_of(args, folder)
     training.load_corpus(argparse.Namespace(preset=job.preset, data="stdlib", seq_len=job.seq_len))  # once, here
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0

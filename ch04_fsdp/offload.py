@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ch01_intro import training
-from ch04_fsdp import disk, short_run
+from ch04_fsdp import offload_folder, short_run
 from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.short_run import Job
 from common import lm, script
@@ -45,7 +45,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--global-batch", type=script.at_least(1), default=4, help="sequences a step, over all ranks")
     made.add_argument("--recompute", default="none", help="activation checkpointing, see recompute.py")
     made.add_argument(
-        "--offload-dir", type=disk.existing_folder, help="folder on the disk to offload to (default: the run folder)"
+        "--offload-dir",
+        type=offload_folder.existing,
+        help="folder on the disk to offload to (default: the run folder)",
     )
     made.add_argument("--timeout", type=script.positive, default=300, help="seconds that a row may take")
     args = made.parse_args(argv)
@@ -76,7 +78,7 @@ def disk_rates(folder: Path, size: int = 256 * MIB, chunk: int = 8 * MIB) -> tup
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     run = script.start(__file__, args)
-    folder = disk.folder_for(args.offload_dir, run.folder)
+    folder = offload_folder.chosen(args.offload_dir, run.folder)
     job = Job(
         Sharding(), ranks=args.ranks, steps=args.steps, seq_len=args.seq_len, global_batch=args.global_batch,
         seed=args.seed, device=args.device, folder=folder,
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
     uncached = found["disk, uncached"]
     alone_s = uncached["disk_read_bytes"] / reads + uncached["disk_written_bytes"] / writes
     print(
-        f"the disk ({disk.kind_of_disk(folder)}) reads {reads / MIB:,.0f} MiB/s and writes {writes / MIB:,.0f} MiB/s "
+        f"the disk ({offload_folder.kind(folder)}) reads {reads / MIB:,.0f} MiB/s and writes {writes / MIB:,.0f} MiB/s "
         f"in sequence; the tier paged {reached['disk'] / MIB:,.0f} MiB/s from the page cache,\n"
         f"{reached['disk, uncached'] / MIB:,.0f} MiB/s past it: {uncached['step_s'] * 1e3:,.0f} ms a step, of which "
         f"the disk at its own speed needs {alone_s * 1e3:,.0f}"

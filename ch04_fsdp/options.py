@@ -10,7 +10,7 @@ import torch
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
-from ch04_fsdp import disk, recompute
+from ch04_fsdp import offload_folder, recompute
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
 from common import data
 from common.dist import Context
@@ -24,7 +24,7 @@ def add_sharding_flags(made: argparse.ArgumentParser) -> None:
                        "(default: those of a node)")  # fmt: skip
     group.add_argument("--recompute", default="none", help=f"activation checkpointing: {', '.join(recompute.CHOICES)}")
     group.add_argument("--offload", choices=OFFLOADS, default="none", help="where shards and optimizer state live")
-    group.add_argument("--offload-dir", type=disk.existing_folder, help="--offload disk: a folder on that disk "
+    group.add_argument("--offload-dir", type=offload_folder.existing, help="--offload disk: a folder on that disk "
                        "(default: the run's); its file has no name and goes with the process")  # fmt: skip
     group.add_argument("--memory-cap-gib", type=positive, help="let each rank have so much for the model, no more; see "
                        "larger_than_memory.py")  # fmt: skip
@@ -59,7 +59,7 @@ def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Pat
     own = Path(ctx.exchange("the run folder", str(run_folder.resolve()))[0])  # only rank 0 has made its own
     if args.offload_dir is None:
         own.mkdir(parents=True, exist_ok=True)
-    return disk.folder_for(args.offload_dir, own)
+    return offload_folder.chosen(args.offload_dir, own)
 
 
 def sharding_of(args: argparse.Namespace, dtype: torch.dtype) -> Sharding:
