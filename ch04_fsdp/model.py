@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ch04_fsdp import weights
+from ch01_intro import training
+from ch04_fsdp import disk, weights
 from ch04_fsdp.sharding import Sharding, shard
 from common import lm
 from common.dist import Context
@@ -17,20 +22,32 @@ log = get_logger()
 
 
 def build(
-    name: str, sharding: Sharding, ctx: Context, *, seq_len: int, seed: int = 0, dropout: float = 0.0
+    name: str | Any,
+    sharding: Sharding,
+    ctx: Context,
+    *,
+    seq_len: int,
+    seed: int = 0,
+    dropout: float = 0.0,
+    offload_dir: Path | None = None,
 ) -> nn.Module:
     """A preset with random weights, or a Hugging Face folder or hub id with its own. No rank ever holds it whole.
+
+    Args:
+        name: as said, or a transformers config, for random weights.
+        offload_dir: where the shards' file goes that offload "disk" needs (default: the system's temporary folder).
 
     Returns:
         What is to be called: the model itself, or DDP around it for replicate.
 
     Raises:
-        UserError: there is no such model, it is too short for seq_len, or its checkpoint does not fit it.
+        UserError: there is no such model, it is too short for seq_len, its checkpoint does not fit it, or there is no
+            room to offload.
     """
-    config = lm.config(name, seq_len)
+    config = lm.config(name, seq_len) if isinstance(name, str) else name
     if seq_len > config.max_position_embeddings:
         raise UserError(
-            f"--seq-len {seq_len} is longer than the {config.max_position_embeddings} positions of {name}; shorten it"
+            f"--seq-len {seq_len} is longer than the model's {config.max_position_embeddings} positions; shorten it"
         )
     config.attention_dropout = dropout
     mesh = sharding.mesh(ctx.world_size, ctx.device, ctx.launch.local_world_size)
@@ -40,17 +57,28 @@ def build(
         _fill(model, name, home, seed)
         return shard(model, sharding, mesh)
     shard(model, sharding, mesh)
+    if sharding.offload == "disk":
+        tier = disk.Tier(model, offload_dir or Path(tempfile.gettempdir()))
+        log.info("shards are on disk", folder=offload_dir, gib_of_this_rank=round(tier.size / 2**30, 3))
     _fill(model, name, home, seed)
     return model
 
 
-def _fill(model: nn.Module, name: str, device: torch.device, seed: int) -> None:
+def _fill(model: nn.Module, name: str | Any, device: torch.device, seed: int) -> None:
     weights.allocate(model, device)
-    if lm.is_preset(name):
+    if not isinstance(name, str) or lm.is_preset(name):
         weights.initialize(model, seed)
     else:
         read = weights.load(model, weights.checkpoint_files(name))
         log.info("read the checkpoint", model=name, gib_on_this_rank=round(read / 2**30, 3))
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW as in chapter 1, over this rank's shards. Where those are on disk, its state is too."""
+    made = training.make_optimizer(model, lr)
+    if tier := disk.of(model):
+        tier.hold(made)
+    return made
 
 
 def inner(model: nn.Module) -> nn.Module:

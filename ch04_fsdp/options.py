@@ -11,11 +11,11 @@ import torch
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
-from ch04_fsdp import recompute
+from ch04_fsdp import offload_folder, recompute
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
 from common import data
 from common.dist import Context
-from common.script import UserError, at_least
+from common.script import UserError, at_least, positive
 
 
 def add_sharding_flags(made: argparse.ArgumentParser) -> None:
@@ -25,6 +25,10 @@ def add_sharding_flags(made: argparse.ArgumentParser) -> None:
                        "(default: those of a node)")  # fmt: skip
     group.add_argument("--recompute", default="none", help=f"activation checkpointing: {', '.join(recompute.CHOICES)}")
     group.add_argument("--offload", choices=OFFLOADS, default="none", help="where shards and optimizer state live")
+    group.add_argument("--offload-dir", type=offload_folder.existing, help="--offload disk: a folder on that disk "
+                       "(default: the run's); its file has no name and goes with the process")  # fmt: skip
+    group.add_argument("--memory-cap-gib", type=positive, help="let each rank have so much for the model, no more; see "
+                       "larger_than_memory.py")  # fmt: skip
     group.add_argument("--prefetch-layers", type=at_least(0), default=1, help="gathered ahead of the one that computes")
     group.add_argument("--sync-each", action="store_true", help="reduce the gradients after each micro-batch: more "
                        "messages, and only shards of gradients in memory")  # fmt: skip
@@ -42,7 +46,21 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     ddp_options.add_survival_flags(made)
     args = ddp_options.check(made.parse_args(argv))
     sharding_of(args, torch.float32)  # a contradiction is found before anything is started
+    if args.offload_dir and args.offload != "disk":
+        raise UserError("--offload-dir belongs to --offload disk; pass that too, or neither")
+    if args.offload == "disk" and args.async_save:
+        raise UserError("--async-save copies into memory what --offload disk keeps out of it; leave one of them out")
     return args
+
+
+def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Path | None:
+    """Where the disk tier's file of this rank goes; None without one."""
+    if args.offload != "disk":
+        return None
+    own = Path(ctx.exchange("the run folder", str(run_folder.resolve()))[0])  # only rank 0 has made its own
+    if args.offload_dir is None:
+        own.mkdir(parents=True, exist_ok=True)
+    return offload_folder.chosen(args.offload_dir, own)
 
 
 def sharding_of(args: argparse.Namespace, dtype: torch.dtype) -> Sharding:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import Batch
+from ch04_fsdp import disk
 from ch04_fsdp.sharding import Sharding
 
 
@@ -53,9 +54,15 @@ def backward(
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank."""
     norm = clip(model, max_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    apply(model, optimizer)
     return norm
+
+
+def apply(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step and forget the gradients; from a disk unit by unit."""
+    tier = disk.of(model)
+    tier.step(optimizer) if tier else optimizer.step()
+    optimizer.zero_grad()
 
 
 def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
@@ -64,5 +71,7 @@ def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
     On shards clip_grad_norm_ yields a DTensor that is still to be summed over the ranks: .item() of it would be a
     rank's own part, of which each rank has another. full_tensor() sums.
     """
+    if tier := disk.of(model):
+        return tier.clip(model.parameters(), max_norm)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, share, trainable
 from ch03_ddp.strategies import RaggedLlama, token_count
-from ch04_fsdp import recompute, step
+from ch04_fsdp import disk, recompute, step
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding, shard
 
 __all__ = ["OPTIONS", "RaggedLlama", "Sharded", "option"]
@@ -44,7 +46,11 @@ class Sharded(Strategy):
             torch._dynamo.config.recompile_limit = 100
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.model = shard(model, self.sharding, _mesh(self.sharding, comm.size, device))
+        if self.sharding.offload == "disk":
+            disk.Tier(self.model, Path(tempfile.gettempdir()))
         self.optimizer = make_optimizer(p for _, p in trainable(self.model))
+        if tier := disk.of(self.model):
+            tier.hold(self.optimizer)
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]
@@ -72,6 +78,9 @@ class Sharded(Strategy):
         """As the training script clips by: a bound so high that nothing is clipped."""
         return step.clip(self.model, 1e9)
 
+    def update(self) -> None:
+        step.apply(self.model, self.optimizer)
+
 
 def option(name: str) -> type[Sharded]:
     """The class of a combination, under its own name in this module, so that other processes find it."""
@@ -96,5 +105,6 @@ OPTIONS = [
     for strategy in ("full", "hybrid")
     for more in ("sync-each", "no-prefetch", "prefetch-2", "compile")
 ]
+OPTIONS += [f"full+disk+none+{more}" for more in ("sync-each", "compile")]  # where its hooks meet the others'
 for _name in OPTIONS:
     option(_name)

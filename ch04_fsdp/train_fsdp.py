@@ -15,13 +15,15 @@ You see     the same losses and the same hash of the weights, to rounding, for e
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from torch import nn
 
 from ch01_intro import training
 from ch03_ddp import preemption
 from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
-from ch04_fsdp import checkpoints, export, model, options, step, weights
+from ch04_fsdp import checkpoints, disk, export, memory_cap, model, options, step, weights
 from common import dist, script
 from common.logs import get_logger
 
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     out = args.out or run.folder
     corpus = training.load_corpus(args)
-    with dist.session(args.device, threads=args.threads) as ctx:
+    with dist.session(args.device, threads=args.threads) as ctx, ExitStack() as limits:
         args.global_batch = args.global_batch or args.batch_size * ctx.world_size
         options.check_batch(args, ctx)
         sharding = options.sharding(args, ctx)
@@ -57,11 +59,16 @@ def main(argv: list[str] | None = None) -> dict:
         )
         source = keeper.find(args)
         options.agree(ctx, source, keeper.settings)
-        wrapped = model.build(args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout)
+        limits.enter_context(memory_cap.limited(args.memory_cap_gib and args.memory_cap_gib * 2**30, ctx.device))
+        wrapped = model.build(
+            args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout,
+            offload_dir=options.offload_dir(args, run.folder, ctx),
+        )  # fmt: skip
         inner = model.inner(wrapped)
-        optimizer = training.make_optimizer(inner, args.lr)
+        optimizer = model.make_optimizer(inner, args.lr)
         script.seed_everything(args.seed + 1 + ctx.rank)  # from here on each rank has a random stream of its own
         first, position = keeper.load(source, inner, optimizer) if source else (0, 0)
+        disk.settle(inner, optimizer)
         feed = open_feed(args, corpus, ctx, position)
         report = ShardedReport(args, corpus, ctx, out, first, source)
         preempted = preemption.Preemption(args.preempt_signals, ctx)
@@ -90,6 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
             if args.out and (last or due or validated):
                 report.flush()  # what a checkpoint has passed must not be missing from the losses
                 keeper.save(number, inner, optimizer, batch.position, val_loss)
+                disk.leave(inner)
                 report.pause()
             if leave:
                 break
@@ -99,6 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
         held = model.held_bytes(inner)
         if ctx.is_main:
             result |= {"strategy": args.strategy, "held_parameters_gib": held["parameters"] / 2**30}
+            result |= disk.report(inner)
             if leave:
                 result["requeued"] = preemption.requeue(leave)
         ctx.barrier("report written")

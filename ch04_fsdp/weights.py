@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ch04_fsdp import disk
 from common import lm
 from common.script import UserError
 
@@ -31,7 +32,12 @@ def plan(config: Any) -> nn.Module:
 
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
-    model.to_empty(device=device)
+    if disk.of(model) is None:
+        model.to_empty(device=device)
+    else:  # its parameters have their place in a file
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
     if not isinstance(model, FSDPModule):  # each place of a tied parameter got memory of its own
         model.tie_weights()  # type: ignore[operator]
     initialize_buffers(model)
@@ -52,7 +58,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     Each rank draws the whole of one parameter at a time and keeps its rows. Norms are 1 and biases 0, as in Llama.
     """
     std = model.config.initializer_range
-    for name, parameter in model.named_parameters():
+    for name, parameter in disk.visited(model, changed=True):
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
@@ -122,7 +128,7 @@ def load(model: nn.Module, folder: Path) -> int:
     read = 0
     opened: dict[Path, Any] = {}
     try:
-        for name, parameter in model.named_parameters():  # a tied one once
+        for name, parameter in disk.visited(model, changed=True):  # a tied one once
             if name not in found:
                 raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
             if found[name] not in opened:
@@ -153,7 +159,7 @@ def _own(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole value of one parameter after another, sorted by name. A collective: all ranks must go through."""
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in disk.visited(model, changed=False):
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         yield name, whole.detach()
 

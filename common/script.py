@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -257,6 +258,7 @@ def run(main: Callable[[], Result]) -> NoReturn:
         if not _is_out_of_memory(error):
             raise
         what = str(error).strip().splitlines()[0] if str(error) else "a Python allocation failed"
+        what = re.sub(r"^\[enforce fail at \S+\] .*?(?=\w+Allocator)", "", what)  # where in torch's own source
         _exit_with_line(f"out of memory ({what}); take a smaller --preset, --batch-size or --seq-len")
     _exit(0)
 
