@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -31,6 +32,8 @@ def plan(config: Any) -> nn.Module:
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
     model.to_empty(device=device)
+    if not isinstance(model, FSDPModule):
+        model.tie_weights()  # type: ignore[operator]  # to_empty gave each of two tied modules a parameter of its own
     initialize_buffers(model)
 
 
