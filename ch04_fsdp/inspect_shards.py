@@ -14,15 +14,18 @@ You see     one table of rows, one of bytes, one of collectives; the rule that t
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ch01_intro import training
-from ch04_fsdp import model, options, recompute, step, weights
+from ch04_fsdp import model, step, weights
+from ch04_fsdp.phases import local_bytes
 from ch04_fsdp.sharding import STRATEGIES, Sharding
 from ch04_fsdp.traffic import ROOT, Collective, Traffic, Units, expected, padded, rows_of, unit_parameters
 from common import dist, lm, script
@@ -76,12 +79,8 @@ def held_numbers(units: Units, ranks: int) -> list[int]:
 def show_held(held: Sequence[int], total: int, ranks: int) -> None:
     print(f"\n{'MiB held':16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'sum':>12}{'of the ideal':>14}")
     for numbers in sorted(set(held), reverse=True):
-        who = [rank for rank, own in enumerate(held) if own == numbers]
-        label = (
-            "every rank"
-            if len(who) == ranks
-            else ", ".join(f"rank {rank}" for rank in who[:2]) + " ..." * (len(who) > 2)
-        )
+        who = [str(rank) for rank, own in enumerate(held) if own == numbers]
+        label = "every rank" if len(who) == ranks else "rank " + ", ".join(who[:3]) + " ..." * (len(who) > 3)
         mib = numbers * 4 / MIB
         print(f"{label:16}{mib:12.2f}{mib:12.2f}{2 * mib:12.2f}{STATE * mib:12.2f}{numbers * ranks / total:14.4f}")
 
@@ -97,23 +96,28 @@ def show_collectives(seen: Sequence[Collective], units: Units) -> None:
             print(f"{key[0]:28}{key[1]:>10}{number:8}{key[2]:7}{whole:11.2f}{sent:10.2f}")
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def follows_the_rule(inner: nn.Module, group_rank: int, ranks: int) -> bool:
     """Whether this rank holds just the rows that it should."""
     for parameter in inner.parameters():
         if isinstance(parameter, DTensor):
             own, rows = weights._own(parameter)
             should = rows_of(group_rank, parameter.shape[0], ranks)
-            if len(own) != len(should) or (len(own) and rows.start != should.start):
+            if len(own) != len(should) or (should and rows.start != should.start):
                 return False
     return True
 
 
-def run_steps(args: argparse.Namespace, sharding: Sharding, ctx: dist.Context) -> tuple[nn.Module, dict, list]:
-    """Two steps on random tokens: the second one's collectives (DDP asks about its buckets in the first), and bytes."""
+@dataclass(frozen=True)
+class Live:
+    """What a model of this rank's holds and sends. held: bytes of parameters, gradients and moments."""
+
+    ruled: bool
+    held: int
+    seen: list[Collective]
+
+
+def look(args: argparse.Namespace, sharding: Sharding, ctx: dist.Context, shards: int) -> Live:
+    """Two steps on random tokens, and the second one's collectives: in its first DDP asks about its buckets."""
     wrapped = model.build(args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed)
     inner = model.inner(wrapped)
     optimizer = training.make_optimizer(inner, 1e-3)
@@ -123,71 +127,87 @@ def run_steps(args: argparse.Namespace, sharding: Sharding, ctx: dist.Context) -
     for _ in range(2):
         with Traffic(inner) as traffic:
             step.backward(wrapped, batches, count, ctx.world_size, sharding, sync_each=args.sync_each)
-            held = model.held_bytes(inner)
+            held = sum(model.held_bytes(inner).values())
             step.update(wrapped, optimizer, 1.0)
     moments = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
-    held["optimizer"] = sum(local(t).nbytes for t in moments)
-    return inner, held, traffic.seen
-
-
-def describe(args: argparse.Namespace, sharding: Sharding, world_size: int, shape: tuple[int, int]) -> None:
-    copies = f"{shape[0]} copies x {shape[1]} shards" if shape[0] > 1 else f"{shape[1]} shards of one copy"
-    if sharding.strategy == "replicate":
-        copies = f"{world_size} whole copies"
-    print(f"{args.preset}, {sharding.strategy} on {world_size} ranks: {copies}; weights travel as {args.dtype}\n")
+    held += sum(local_bytes(t) for t in moments)
+    return Live(follows_the_rule(inner, ctx.rank % shards, shards), held, traffic.seen)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     script.start(__file__, args)
-    sharding = Sharding(args.strategy, args.shard_ranks, training.DTYPES[args.dtype], args.recompute)
+    sharding = Sharding(args.strategy, args.shard_ranks, training.DTYPES[args.dtype])
     whole = weights.plan(lm.config(args.preset, args.seq_len))
-    units, total = unit_parameters(whole), sum(p.numel() for p in whole.parameters())
-    seen: list[Collective] | None = None
     if args.plan:
-        world_size, rank = args.plan, 0
-        shape = mesh_shape(sharding, world_size, args.ranks_a_node or world_size)
-    else:
-        with dist.session(args.device) as ctx:
-            world_size, rank = ctx.world_size, ctx.rank
-            shape = mesh_shape(sharding, world_size, args.ranks_a_node or ctx.launch.local_world_size)
-            inner, live, seen = run_steps(args, sharding, ctx)
-            ruled = follows_the_rule(inner, rank % shape[1], shape[1])
-            by_rank = ctx.gather((ruled, live))
+        shape = mesh_shape(sharding, args.plan, args.ranks_a_node or args.plan)
+        wanted, result = by_rule(args, sharding, whole, args.plan, shape)
+        report(args, sharding, whole, args.plan, shape, wanted)
+        return result
+    with dist.session(args.device) as ctx:
+        shape = mesh_shape(sharding, ctx.world_size, ctx.launch.local_world_size)
+        wanted, result = by_rule(args, sharding, whole, ctx.world_size, shape)
+        live = look(args, sharding, ctx, shape[1])
+        if sharding.strategy == "replicate":
+            same = total_of(live.seen) == total_of(wanted)
+        else:
+            same = Counter(live.seen) == Counter(wanted)
+        all_live = ctx.exchange("live", json.dumps([live.ruled, same, live.held]))
+        ruled, same, held = (list(column) for column in zip(*map(json.loads, all_live), strict=True))
+        result |= {
+            "rows_as_by_rule": all(ruled),
+            "collectives_as_by_rule": all(same),
+            "held_mib_live": max(held) / MIB,
+            "collectives": len(live.seen),
+        }
+        if ctx.is_main:
+            report(args, sharding, whole, ctx.world_size, shape, live.seen)
+            print(f"\nthe live model holds the rows of the rule: {all(ruled)}; makes its collectives: {all(same)}")
+        if not all(ruled + same):
+            raise script.CheckFailed("the live model does not follow the rule that is printed", result)
+        return result
+
+
+def by_rule(
+    args: argparse.Namespace, sharding: Sharding, whole: nn.Module, world_size: int, shape: tuple[int, int]
+) -> tuple[list[Collective], dict]:
+    """The collectives of a step, and what RESULT says of them and of the shards, from shapes alone."""
+    units, shards = unit_parameters(whole), shards_of(sharding, shape)
+    held, total = held_numbers(units, shards), sum(p.numel() for p in whole.parameters())
     wanted = expected(
         units, sharding, replicas=shape[0], ranks=shape[1], micro_batches=args.accumulation, sync_each=args.sync_each
     )
-    is_replicate = sharding.strategy == "replicate"
-    ranks = 1 if is_replicate else shape[1]  # that rows are dealt to
-    held = held_numbers(units, ranks)
-    if rank == 0:
-        describe(args, sharding, world_size, shape)
-        show_rows(whole, units, ranks)
-        show_held(held, total, ranks)
-        show_collectives(seen if seen is not None else wanted, units)
-    result = {
+    return wanted, {
         "world_size": world_size,
-        "copies": world_size if is_replicate else shape[0],
-        "shards": ranks,
+        "copies": world_size // shards,
+        "shards": shards,
         "held_mib": STATE * 4 * max(held) / MIB,
-        "held_share_of_ideal": max(held) * ranks / total,
-        "padding_mib": sum(padded(p, ranks) - p.numel() for own in units.values() for p in own) * 4 / MIB,
-        "collectives": len(seen if seen is not None else wanted),
+        "held_share_of_ideal": max(held) * shards / total,
+        "padding_mib": sum(padded(p, shards) - p.numel() for own in units.values() for p in own) * 4 / MIB,
+        "collectives": len(wanted),
         "sent_mib": sum(c.sent_bytes for c in wanted) / MIB,
     }
-    if seen is not None:
-        result["sent_mib"] = sum(c.sent_bytes for c in seen) / MIB
-        key = "whole" if is_replicate else "each"
-        same = total_of(seen) == total_of(wanted) if key == "whole" else Counter(seen) == Counter(wanted)
-        result |= {"rows_as_by_rule": True, "collectives_as_by_rule": same}
-        if rank == 0:
-            result["rows_as_by_rule"] = all(ok for ok, _ in by_rank)
-            result["held_mib_live"] = max(sum(live.values()) for _, live in by_rank) / MIB
-            print(f"\nthe live model holds the rows of the rule: {result['rows_as_by_rule']}; "
-                  f"makes its collectives: {same}")  # fmt: skip
-        if not same or not ruled:
-            raise script.CheckFailed("the live model does not follow the rule that is printed", result)
-    return result
+
+
+def report(
+    args: argparse.Namespace,
+    sharding: Sharding,
+    whole: nn.Module,
+    world_size: int,
+    shape: tuple[int, int],
+    seen: Sequence[Collective],
+) -> None:
+    units, shards = unit_parameters(whole), shards_of(sharding, shape)
+    print(f"{args.preset}, {sharding.strategy} on {world_size} ranks: copies {world_size // shards}, shards of each "
+          f"{shards}; weights travel as {args.dtype}\n")  # fmt: skip
+    show_rows(whole, units, shards)
+    show_held(held_numbers(units, shards), sum(p.numel() for p in whole.parameters()), shards)
+    show_collectives(seen, units)
+
+
+def shards_of(sharding: Sharding, shape: tuple[int, int]) -> int:
+    """Ranks that the rows of a copy are dealt to."""
+    return 1 if sharding.strategy == "replicate" else shape[1]
 
 
 def total_of(seen: Sequence[Collective]) -> int:
@@ -200,7 +220,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--preset", default="nano", help=f"{', '.join(lm.PRESETS)}, a model folder, or a hub id")
     made.add_argument("--strategy", choices=STRATEGIES, default="full")
     made.add_argument("--shard-ranks", type=script.at_least(1), help="hybrid: ranks that share a copy")
-    made.add_argument("--recompute", default="none", help=f"{', '.join(recompute.CHOICES)}")
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the gathered weights")
     made.add_argument("--accumulation", type=script.at_least(1), default=1, help="micro-batches a step")
     made.add_argument("--sync-each", action="store_true", help="reduce the gradients after each of them")
@@ -209,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--plan", type=script.at_least(2), metavar="RANKS", help="start none: what these would hold")
     made.add_argument("--ranks-a-node", type=script.at_least(1), help="hybrid's group without --shard-ranks")
     args = made.parse_args(argv)
-    options.sharding_of(argparse.Namespace(**vars(args), offload="none", prefetch_layers=1), torch.float32)
+    Sharding(args.strategy, args.shard_ranks)  # a contradiction is found before anything is started
     if args.plan and dist.read_launch().world_size > 1:
         raise script.UserError("--plan needs no ranks; start it with plain python, or leave --plan out")
     return args
