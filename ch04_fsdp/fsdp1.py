@@ -1,12 +1,13 @@
 """FSDP1, torch.distributed.fsdp.FullyShardedDataParallel: its names, and a step of it to hold FSDP2's against.
 
 FSDP1 (2022) makes of all parameters of a unit one flat tensor and cuts that; FSDP2 (`fully_shard`) cuts each parameter
-by rows, so that it keeps its name, type and optimizer group. torch says of FSDP1 that it is deprecated; old code,
-papers and flags go on speaking its language: sharding.FSDP1_NAMES. It wants an accelerator.
+by rows, so that it keeps its name, type and optimizer group. Old code, papers and flags speak FSDP1's language:
+sharding.FSDP1_NAMES. On a CPU it says that it needs an accelerator, unless it is told the device: then it runs.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,6 @@ from common import lm
 from common.dist import Context
 
 
-def why_not(ctx: Context) -> str | None:
-    """What keeps FSDP1 from running here; None if nothing does."""
-    if ctx.device.type == "cuda":
-        return None
-    return "FSDP1 wants an accelerator and there is none; run it where there is a GPU"
-
-
 def wrap(preset: str, name: str, sharding: Sharding, ctx: Context, *, seq_len: int, seed: int) -> nn.Module:
     """The same weights as model.build's, under the FSDP1 strategy of this name. The whole model is built first."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -36,14 +30,16 @@ def wrap(preset: str, name: str, sharding: Sharding, ctx: Context, *, seq_len: i
     weights.allocate(whole, ctx.device)
     weights.initialize(whole, seed)
     mesh = sharding.mesh(ctx.world_size, ctx.device, ctx.launch.local_world_size)
-    return FullyShardedDataParallel(
-        whole,
-        sharding_strategy=ShardingStrategy[name],
-        device_mesh=mesh,
-        auto_wrap_policy=ModuleWrapPolicy({type(whole.model.layers[0])}),
-        device_id=ctx.device,
-        use_orig_params=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*NO_SHARD")  # deprecated, or all there is on one rank
+        return FullyShardedDataParallel(
+            whole,
+            sharding_strategy=ShardingStrategy[name],
+            device_mesh=mesh,
+            auto_wrap_policy=ModuleWrapPolicy({type(whole.model.layers[0])}),
+            device_id=ctx.device,
+            use_orig_params=True,
+        )
 
 
 def grad_norm(

@@ -160,8 +160,8 @@ def plot(moments: Sequence[Moment], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import patches, pyplot
 
-    ends = np.array([moment.seconds for moment in moments]) * 1e3
-    begins = np.concatenate([[ends[0]], ends[:-1]])  # what was before the first mark (the build) has no width
+    ends = np.array([moment.seconds - moments[0].seconds for moment in moments]) * 1e3
+    begins = np.concatenate([[0], ends[:-1]])  # what was before the first mark (the build) has no width
     held, peaks = (np.array([getattr(m, name) for m in moments]) / MIB for name in ("held", "peak"))
     figure, axes = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
     for moment, begin, end in zip(moments, begins, ends, strict=True):
