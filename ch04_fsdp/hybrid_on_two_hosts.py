@@ -187,6 +187,9 @@ def main(argv: list[str] | None = None) -> dict:
         result["largest_loss_difference"] = max(row["largest_loss_difference"] for row in found.values())
         skip = (*result, "rows")
         return result | {f"{k}_{at}": v for at, row in found.items() for k, v in row.items() if k not in skip}
+    launch = dist.read_launch()
+    if launch.world_size == launch.local_world_size:
+        raise script.UserError("all ranks are on one host, and no link is thin; use plain python, or several nodes")
     with dist.session(args.device) as ctx:
         result = measure(args, ctx)
         if ctx.is_main:

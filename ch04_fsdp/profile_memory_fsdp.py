@@ -223,24 +223,25 @@ def main(argv: list[str] | None = None) -> dict:
         if args.on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         else:
-            resident.return_at_once()
+            if not resident.return_at_once() and ctx.is_main:
+                print("this C library keeps what is freed: the peaks hold, what is held after a phase does not")
             measure(now, args, ctx)  # what is made once a process: threads, connections, kernels
         found = measure(now, args, ctx)
         what = f"{args.preset}, {args.batch_size} x {args.seq_len}, {args.strategy} on {ctx.world_size} ranks"
         what += f", recompute {args.recompute}, {str(now.sharding.dtype)[6:]}"
         line = found.line
-        if args.on_gpu:
-            snapshot = run.path(f"snapshot-{ctx.rank}.pickle")
-            torch.cuda.memory._dump_snapshot(str(snapshot))
-            torch.cuda.memory._record_memory_history(enabled=None)
         if ctx.is_main:
             print(what)
             show_phases(found.second, line.source)
             show_modules(found)
             phases.plot(line.moments, run.path("memory.png"), f"Two steps: {what}\n{line.source}")
             if args.on_gpu:
-                print(f"every allocation with its stack: drop {snapshot} on https://pytorch.org/memory_viz (or "
-                      "python -m torch.cuda._memory_viz trace_plot)")  # fmt: skip
+                snapshot = run.path("snapshot.pickle")
+                torch.cuda.memory._dump_snapshot(str(snapshot))
+                print(f"every allocation and its stack: drop {snapshot} on https://pytorch.org/memory_viz, or\n"
+                      f"python -m torch.cuda._memory_viz trace_plot {snapshot} -o snapshot.html")  # fmt: skip
+        if args.on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
         tried = [] if args.no_try else try_remedies(args, now, found, ctx)
         if ctx.is_main and tried:
             best = tried[0]

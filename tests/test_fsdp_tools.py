@@ -20,12 +20,12 @@ import transformers
 from ch01_intro.memory import MIB
 from ch02_hardware_parallelism import virtual_cluster
 from ch03_ddp import slurm_cluster
-from ch04_fsdp import inspect_shards, resident, step
+from ch04_fsdp import hybrid_on_two_hosts, inspect_shards, resident, step
 from ch04_fsdp.sharding import Sharding, shard
 from ch04_fsdp.traffic import Collective, Traffic, expected, rows_of, unit_parameters
 from common import dist, lm, process, script
 from common.process import ROOT
-from tests.spawn import run_ranks, torchrun, values
+from tests.spawn import rank_environment, run_ranks, torchrun, values
 
 NO_NETWORKS, NO_SLURM = virtual_cluster.why_not(), slurm_cluster.why_not()
 NANO = 3_737_856  # parameters
@@ -247,6 +247,13 @@ def test_hybrid_sends_less_over_the_thin_link(tmp_path: Path) -> None:
         assert 1 < result[f"{strategy}_card_mib_10gbit"] / result[f"{strategy}_formula_mib_10gbit"] < 1.06
     assert result["hybrid_card_mib_10gbit"] < 0.36 * result["full_card_mib_10gbit"]
     assert result["hybrid_loopback_mib_10gbit"] > 3.9 * whole, "what stays inside a host goes over its loopback"
+
+
+def test_one_host_has_no_thin_link(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in rank_environment(0, 2, 29500).items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(script.UserError, match="all ranks are on one host, and no link is thin; "):
+        hybrid_on_two_hosts.main(["--run-dir", str(tmp_path)])
 
 
 @pytest.mark.skipif(NO_SLURM is not None, reason=NO_SLURM or "")
