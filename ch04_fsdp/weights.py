@@ -32,8 +32,8 @@ def plan(config: Any) -> nn.Module:
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
     model.to_empty(device=device)
-    if not isinstance(model, FSDPModule):
-        model.tie_weights()  # type: ignore[operator]  # to_empty gave each of two tied modules a parameter of its own
+    if not isinstance(model, FSDPModule):  # each place of a tied parameter got memory of its own
+        model.tie_weights()  # type: ignore[operator]
     initialize_buffers(model)
 
 
