@@ -3,6 +3,9 @@
 FSDP1 (2022) makes of all parameters of a unit one flat tensor and cuts that; FSDP2 (`fully_shard`) cuts each parameter
 by rows, so that it keeps its name, type and optimizer group. Old code, papers and flags speak FSDP1's language:
 sharding.FSDP1_NAMES. On a CPU it says that it needs an accelerator, unless it is told the device: then it runs.
+
+A trap (torch 2.13): HYBRID_SHARD with groups of one rank becomes NO_SHARD inside the group, which averages over that
+group alone. The copies are never averaged, and drift apart. FSDP2 does it right.
 """
 
 from __future__ import annotations

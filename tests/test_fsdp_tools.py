@@ -224,7 +224,7 @@ def test_strategies_side_by_side(tmp_path: Path) -> None:
     assert result["full_none_collectives"] == 16
     assert result["grad_none_collectives"] == 11
     assert result["fsdp1_compared"] == 3
-    assert result["fsdp1_largest_norm_difference"] < 1e-5
+    assert result["fsdp1_largest_norm_difference"] < 1e-4
     assert re.search(r"^SHARD_GRAD_OP .* grad$", done.stdout, re.MULTILINE)
 
 
