@@ -37,6 +37,8 @@ from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.traffic import padded, unit_parameters
 from common import dist, lm, script
 
+IN_LAYERS = ("attention", "MLP", "norms", "other")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -192,6 +194,9 @@ def show_modules(found: Profile) -> None:
     for kind, sizes in rows:
         if any(sizes):
             print(f"{kind:20}" + "".join(f"{size / MIB:{12 + (i == 3)}.2f}" for i, size in enumerate(sizes)))
+    left, saved = sum(found.line.kept()), sum(found.activations.get(kind, 0) for kind in IN_LAYERS)
+    rest = "; the rest: gathered weights, or what selective checkpointing keeps" if left > 1.1 * saved else ""
+    print(f"the layers' forward left {left / MIB:.2f} MiB behind, autograd saved {saved / MIB:.2f} of it{rest}")
     units = sorted(found.gathered.values())
     print(f"beside them, in passing: gathered weights of {units[0] / MIB:.2f} to {units[-1] / MIB:.2f} MiB a unit, "
           f"{sum(units) / MIB:.2f} in all")  # fmt: skip
