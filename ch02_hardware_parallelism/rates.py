@@ -39,9 +39,16 @@ def as_flags(args: argparse.Namespace, *names: str) -> list[str]:
 
 
 def at_rates(
-    file: str, flags: Sequence[str], rates: Sequence[str], run: script.Run, *, hosts: int = 2, timeout_s: float = 600
+    file: str,
+    flags: Sequence[str],
+    rates: Sequence[str],
+    run: script.Run,
+    *,
+    hosts: int = 2,
+    ranks: int = 1,
+    timeout_s: float = 600,
 ) -> dict[str, dict]:
-    """The RESULT of the script `file` with `flags` by rate, on `hosts` virtual hosts of one rank. Its output is shown.
+    """The RESULT of the script `file` with `flags` by rate, on virtual hosts of so many ranks. Its output is shown.
 
     Raises:
         UserError: a run failed.
@@ -50,7 +57,9 @@ def at_rates(
     for rate in rates:
         print(f"--- links of {rate}", flush=True)
         command = [file, *flags, "--run-dir", str(run.path(rate))]
-        done = virtual_cluster.run(command, hosts=hosts, rate=rate, timeout_s=timeout_s, on_line=_print_unless_result)
+        done = virtual_cluster.run(
+            command, hosts=hosts, ranks=ranks, rate=rate, timeout_s=timeout_s, on_line=_print_unless_result
+        )
         if done.returncode or done.result is None:
             said = re.findall(r"error(?: \[rank \d+\])?: (.*)", done.stderr)  # behind a host's name
             why = said[0] if said else f"{done.reason(timeout_s)}; see what it says above"
