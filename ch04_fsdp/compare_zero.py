@@ -2,10 +2,10 @@
 
 You learn   what each stage of sharding saves and costs, counted, weighed and timed; how to compare engines fairly:
             prove that they compute the same, take turns, and build one of them twice to see what is noise
-Laptop      torchrun --standalone --nproc-per-node=2 ch04_fsdp/compare_zero.py
+Laptop      torchrun --standalone --nproc-per-node=2 ch04_fsdp/compare_zero.py --width 384 --layers 6
 GPU node    torchrun --standalone --nproc-per-node=gpu ch04_fsdp/compare_zero.py --preset small --batch-size 16 \
                 --seq-len 1024 --dtype bf16
-Cluster     srun python ch04_fsdp/compare_zero.py --preset 1b --layers 4 --seq-len 1024 --dtype bf16
+Cluster     srun python ch04_fsdp/compare_zero.py --preset 1b --layers 4 --seq-len 1024 --dtype bf16 --save-to DIR
 You see     the gradients of all equal to rounding; what a rank holds beside the ideal 1/N; tokens/s in turns, above 1
             FSDP is faster; ZeRO-2 sending more than DDP, and ZeRO-3 and FSDP in full half as much again
 
@@ -53,10 +53,8 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 def weigh(name: str, job: Job, batch: StepBatch) -> dict[str, int]:
     """Bytes of this rank over those of a tiny model's training: held by kind and in all, and the peak of a step."""
     device = job.ctx.device
-    tiny = copy.deepcopy(job.config)
-    tiny.hidden_size, tiny.intermediate_size, tiny.num_hidden_layers = 64, 128, 1
-    tiny.num_attention_heads = tiny.num_key_value_heads = tiny.head_dim = 1
-    tiny.head_dim = 64
+    tiny = narrowed(copy.deepcopy(job.config), 64)
+    tiny.num_hidden_layers = 1
     first = contestants.build(name, dataclasses.replace(job, config=tiny))
     for _ in range(WARM_UP):  # whatever is loaded or set up at first use
         contestants.train(first, batch)
@@ -128,8 +126,11 @@ def compare(built: dict[str, Contestant], batch: StepBatch) -> dict[str, dict[st
     """One step of each from the same weights. How far each is from DDP."""
     start = {name: x.clone() for name, x in built[REFERENCE].weights()}
     reference = whole_step(built[REFERENCE], batch)
-    others = {name: whole_step(one, batch) for name, one in built.items() if name not in (REFERENCE, CONTROL)}
-    return {name: differences(did, reference, start) for name, did in others.items()}
+    found = {}
+    for name, one in built.items():  # one after another: each has a whole model's gradients and weights for a moment
+        if name not in (REFERENCE, CONTROL):
+            found[name] = differences(whole_step(one, batch), reference, start)
+    return found
 
 
 # ---------------------------------------------------------------- 5. saved
@@ -200,10 +201,15 @@ def shape(args: argparse.Namespace) -> Any:
     if args.width:
         if args.width % 64:
             raise script.UserError(f"--width {args.width} is not a multiple of 64, the size of a head; take one")
-        config.hidden_size, config.intermediate_size = args.width, args.width * 11 // 4
-        config.num_attention_heads = config.num_key_value_heads = args.width // 64
-        config.head_dim = 64
+        narrowed(config, args.width)
     config.num_hidden_layers = args.layers or config.num_hidden_layers
+    return config
+
+
+def narrowed(config: Any, width: int) -> Any:
+    """The config changed to another width, with heads of 64."""
+    config.hidden_size, config.intermediate_size, config.head_dim = width, width * 11 // 4, 64
+    config.num_attention_heads = config.num_key_value_heads = width // 64
     return config
 
 
@@ -241,6 +247,8 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx:
+        if args.save_to is None and ctx.launch.local_world_size < ctx.world_size:
+            raise script.UserError("several hosts save to a folder that all of them see; pass --save-to")
         if ctx.world_size < 2:
             raise script.UserError("one rank has nothing to share out; start it with torchrun --nproc-per-node=2")
         job = Job(

@@ -33,6 +33,7 @@ SHARDED = {  # kinds of state of which a rank holds 1/N between two steps
 }
 NAMES = tuple(SHARDED)
 BYTES_AN_ELEMENT = {"parameters": 4, "gradients": 4, "optimizer": 8}  # float32; Adam has two moments
+ZERO_BF16 = {"parameters": 2, "gradients": 2, "optimizer": 8, "master": 4}  # DeepSpeed casts the model
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ def held_bytes(contestant: Contestant) -> dict[str, int]:
     return held
 
 
-def ideal_bytes(name: str, parameters: int, ranks: int) -> dict[str, float]:
-    """What the strategy promises a rank to hold, in float32."""
-    return {
-        kind: parameters * size / (ranks if kind in SHARDED[name] else 1) for kind, size in BYTES_AN_ELEMENT.items()
-    }
+def ideal_bytes(name: str, parameters: int, ranks: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """What the strategy promises a rank to hold, by kind. dtype: of the matrix products."""
+    sizes = ZERO_BF16 if name.startswith("zero") and dtype == torch.bfloat16 else BYTES_AN_ELEMENT
+    shared_out = (*SHARDED[name], "master")
+    return {kind: parameters * size / (ranks if kind in shared_out else 1) for kind, size in sizes.items()}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -113,7 +113,8 @@ def config(
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ctx: Context) -> Any:
     """A DeepSpeedEngine around the model, which is whole on each rank until here, and the optimizer.
 
-    A model that is too large for that is built inside deepspeed.zero.Init (chapter 5).
+    A model that is too large for that is built inside deepspeed.zero.Init (chapter 5). DeepSpeed keeps the process
+    groups that it finds first for as long as the process lives: one dist.session a process.
     """
     deepspeed, launch = library(ctx.device), ctx.launch
     os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
