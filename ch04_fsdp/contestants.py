@@ -22,11 +22,11 @@ from common import lm
 from common.dist import Context
 from common.script import UserError
 
-SHARDED = {  # kinds of state of which a rank holds 1/N between two steps
+SHARDED = {  # kinds of state of which a rank holds 1/N between backward and update
     "ddp": (),
     "fsdp-grad": ("parameters", "gradients", "optimizer"),  # parameters are whole from forward to backward
     "fsdp-full": ("parameters", "gradients", "optimizer"),
-    "zero-1": ("optimizer",),
+    "zero-1": ("gradients", "optimizer"),  # gradients are whole until the last micro-batch is summed
     "zero-2": ("gradients", "optimizer"),
     "zero-3": ("parameters", "gradients", "optimizer"),
     "zero-3-keep": ("parameters", "gradients", "optimizer"),  # parameters are whole from forward to backward

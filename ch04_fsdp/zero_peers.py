@@ -76,7 +76,7 @@ def config(
     Args:
         micro_batch: sequences a rank and micro-batch.
         micro_batches: of a step.
-        hidden: the model's width. Sizes depend on it as Hugging Face's integration sets them when they are "auto".
+        hidden: the model's width, on which the sizes of messages depend.
         keep: stage 3 keeps what it gathered in forward for backward, as it does by default below 1e9 parameters.
 
     Raises:
@@ -86,22 +86,25 @@ def config(
         raise UserError(f"no ZeRO stage {stage}; one of {', '.join(map(str, STAGES))}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"the ZeRO stages are compared in float32 or bfloat16, not in {dtype}; take one of those")
+    layer = 12 * hidden * hidden  # about the elements of a Llama layer: what FSDP moves in a message
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,  # only counted: the batches are ours
         "gradient_accumulation_steps": micro_batches,  # engine.step() does nothing before so many backward passes
         "gradient_clipping": max_norm,  # [0: none] of the norm over all ranks
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": hidden * hidden,  # [5e8: 2 GB] elements summed in one message
+            "reduce_bucket_size": layer,  # [5e8: 2 GB] elements summed in one message
         },
     }
     if stage == 3:
         made["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 10 * hidden,  # [1e5] smaller parameters are never sharded: norms
-            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),  # [5e7] elements gathered ahead of their use
+            "stage3_param_persistence_threshold": 10 * hidden,  # [1e5] smaller parameters are kept whole: norms
         }
         if not keep:
-            made["zero_optimization"]["stage3_max_reuse_distance"] = 0  # [1e9] free what is not used again so soon
+            made["zero_optimization"] |= {
+                "stage3_max_reuse_distance": 0,  # [1e9] elements until its next use, for which a weight is not freed
+                "stage3_prefetch_bucket_size": layer,  # [5e7] elements gathered ahead of their use
+            }
     if dtype == torch.bfloat16:
         made |= {
             "bf16": {"enabled": True},  # model and gradients bfloat16; float32 copy of the weights in the optimizer

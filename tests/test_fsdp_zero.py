@@ -133,10 +133,16 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
             for kind, promised in ideal.items():
                 assert 0.99 * promised <= held[kind] <= 1.1 * promised, (name, kind, held, promised)
             sent = sum(call.wire_bytes(RANKS) for call in found[name]["calls"])
-            wanted = traffic.formula(
-                name, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS, micro_batches=MICRO_BATCHES
-            )
-            assert sent == pytest.approx(wanted, rel=0.02), (name, sent, wanted, found[name]["calls"])
+            wanted = {
+                what: traffic.formula(
+                    what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS, micro_batches=MICRO_BATCHES
+                )
+                for what in contestants.NAMES
+            }
+            if name == "zero-3":  # it keeps what it uses again at once, the last layer and the tied head
+                assert wanted["zero-3-keep"] < sent < wanted["zero-3"], (sent, wanted)
+            else:
+                assert sent == pytest.approx(wanted[name], rel=0.02), (name, sent, wanted, found[name]["calls"])
         kinds = [call.kind for call in found["fsdp-full"]["calls"]]
         units = 2 + 1  # each layer, and the embedding with the tied head
         assert kinds.count("all-gather") == 2 * MICRO_BATCHES * units
