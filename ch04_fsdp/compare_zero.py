@@ -48,7 +48,7 @@ from common.logs import Progress
 WARM_UP = 2  # steps of each start
 # glibc keeps what is freed, and the resident set with it. So it gives each block of 64 KiB or more back at once.
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 # ---------------------------------------------------------------- 1. weighed
@@ -160,8 +160,8 @@ def save(contestant: Contestant, folder: Path, ctx: dist.Context) -> dict[str, f
 def keep_freed_memory() -> None:
     """What CUDA's caching allocator does: blocks that are freed are used again, not given back and faulted in anew."""
     with contextlib.suppress(OSError, AttributeError):  # a C library without it
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, 2**30)
+        for option, value in ((M_TRIM_THRESHOLD, 2**30), (M_MMAP_MAX, 0)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def measure(args: argparse.Namespace, job: Job, feeds: tuple[Feed, Feed], run: script.Run) -> dict[str, Any]:
