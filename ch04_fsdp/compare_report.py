@@ -150,7 +150,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     speed.set(title="Tokens/s of all ranks, taken in turns", ylabel="tokens/s")
     sent.bar(where, [f["sent_mib"] for f in every.values()], 0.6, color=colors)
     sent.scatter(where, [f["formula_mib"] for f in every.values()], s=180, marker="_", color="black", label="formula")
-    sent.set(title="A rank sends in a step, at least", ylabel="MiB")
+    sent.set(title="A rank sends in a step, at least", ylabel="MiB",
+             ylim=(0, 1.2 * max(max(f["sent_mib"], f["formula_mib"]) for f in every.values())))  # fmt: skip
     sent.legend(frameon=False, fontsize=8)
     saved.bar(where, [f["save_s"] for f in every.values()], 0.6, color=colors)
     saved.bar_label(saved.containers[0], [f"{f['save_mib']:.0f} MiB" for f in every.values()], fontsize=8)

@@ -7,7 +7,7 @@ GPU node    torchrun --standalone --nproc-per-node=gpu ch04_fsdp/compare_zero.py
                 --seq-len 1024 --dtype bf16
 Cluster     srun python ch04_fsdp/compare_zero.py --preset 1b --layers 4 --seq-len 1024 --dtype bf16 --save-to DIR
 You see     the gradients of all equal to rounding; what a rank holds beside the ideal 1/N; tokens/s in turns, above 1
-            FSDP is faster; ZeRO-2 sending more than DDP, and ZeRO-3 and FSDP in full half as much again
+            FSDP in full is faster; FSDP in full, ZeRO-1 and ZeRO-2 sending half as much again as DDP
 
 1. Weighed: each contestant trains alone in processes of its own, so that no peak holds another's memory. On a CPU it is
    the resident set over that of a tiny model's training before, with an allocator that returns what is freed.
