@@ -101,8 +101,8 @@ def states_and_traffic() -> dict[str, Any]:
     """On each rank: what each contestant holds between backward and update, and the collectives of a step."""
     found: dict[str, Any] = {}
     with dist.session("cpu") as ctx:
-        batch = ragged(0)
-        job = contestants.Job(tiny_config(), ctx, micro_batch=2, micro_batches=MICRO_BATCHES)
+        batch = [mine[:1] for mine in ragged(0)]
+        job = contestants.Job(tiny_config(), ctx, micro_batch=2)
         step = StepBatch(batch[ctx.rank], token_count(batch), 0, None)  # type: ignore[arg-type]
         for name in contestants.NAMES:
             one = contestants.build(name, job)
@@ -134,19 +134,17 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
                 assert 0.99 * promised <= held[kind] <= 1.1 * promised, (name, kind, held, promised)
             sent = sum(call.wire_bytes(RANKS) for call in found[name]["calls"])
             wanted = {
-                what: traffic.formula(
-                    what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS, micro_batches=MICRO_BATCHES
-                )
+                what: traffic.formula(what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS)
                 for what in contestants.NAMES
             }
             if name == "zero-3":  # it keeps what it uses again at once, the last layer and the tied head
-                assert wanted["zero-3-keep"] < sent < wanted["zero-3"], (sent, wanted)
+                assert 0.98 * wanted["zero-3-keep"] < sent < 1.02 * wanted["zero-3"], (sent, wanted)
             else:
                 assert sent == pytest.approx(wanted[name], rel=0.02), (name, sent, wanted, found[name]["calls"])
         kinds = [call.kind for call in found["fsdp-full"]["calls"]]
         units = 2 + 1  # each layer, and the embedding with the tied head
-        assert kinds.count("all-gather") == 2 * MICRO_BATCHES * units
-        assert kinds.count("reduce-scatter") == MICRO_BATCHES * units
+        assert kinds.count("all-gather") == 2 * units
+        assert kinds.count("reduce-scatter") == units
         assert kinds.count("all-reduce") == 1, "the norm"
 
 
