@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ch04_fsdp import contestants, traffic
+from ch04_fsdp import contestants
+from ch04_fsdp import profiled_traffic as traffic
 from ch04_fsdp.contestants import Job
 
 MIB = 2**20

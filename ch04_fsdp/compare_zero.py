@@ -39,7 +39,8 @@ import torch
 from ch01_intro import training
 from ch02_hardware_parallelism.training import timed_ms
 from ch03_ddp.feed import Documents, Feed, StepBatch
-from ch04_fsdp import compare_report, contestants, traffic
+from ch04_fsdp import compare_report, contestants
+from ch04_fsdp import profiled_traffic as traffic
 from ch04_fsdp.compare_report import CONTROL, REFERENCE
 from ch04_fsdp.contestants import Contestant, Job
 from common import data, dist, lm, process, profiling, ranks, script

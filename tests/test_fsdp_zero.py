@@ -13,7 +13,8 @@ from torch import nn
 
 from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import IGNORE, Batch, StepBatch
-from ch04_fsdp import compare_report, compare_zero, contestants, traffic, zero_peers
+from ch04_fsdp import compare_report, compare_zero, contestants, zero_peers
+from ch04_fsdp import profiled_traffic as traffic
 from common import dist, lm
 from common.script import UserError
 from tests.spawn import run_ranks, values
