@@ -184,6 +184,7 @@ class Absent:
         raise AssertionError(f"torch.cuda.{name} was used at import")
 
 import transformers, torch.distributed.tensor, torch.distributed.fsdp, matplotlib, datasets  # they may ask
+import torch.distributed.checkpoint
 torch.cuda = Absent()
 failed = {}
 for number, path in enumerate(sys.argv[1:]):
