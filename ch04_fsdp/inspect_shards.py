@@ -27,7 +27,7 @@ from ch01_intro import training
 from ch04_fsdp import model, step, weights
 from ch04_fsdp.phases import local_bytes
 from ch04_fsdp.sharding import STRATEGIES, Sharding
-from ch04_fsdp.traffic import ROOT, Collective, Traffic, Units, expected, follows, padded, rows_of, unit_parameters
+from ch04_fsdp.traffic import ROOT, Collective, Traffic, Units, expected, padded, rows_of, unit_parameters
 from common import dist, lm, script
 
 MIB = 2**20
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         if sharding.strategy == "replicate":
             same = total_of(live.seen) == total_of(wanted)
         else:
-            same = follows(live.seen, wanted)
+            same = Counter(live.seen) == Counter(wanted)
         all_live = ctx.exchange("live", json.dumps([live.ruled, same, live.held]))
         ruled, same, held = (list(column) for column in zip(*map(json.loads, all_live), strict=True))
         result |= {

@@ -29,7 +29,7 @@ def add_sharding_flags(made: argparse.ArgumentParser) -> None:
                        "(default: the run's); its file has no name and goes with the process")  # fmt: skip
     group.add_argument("--memory-cap-gib", type=positive, help="let each rank have so much for the model, no more; see "
                        "larger_than_memory.py")  # fmt: skip
-    group.add_argument("--prefetch-layers", type=at_least(0), default=1, help="gathered ahead of the one that computes")
+    group.add_argument("--prefetch-layers", type=at_least(1), default=1, help="gathered ahead of the one that computes")
     group.add_argument("--sync-each", action="store_true", help="reduce the gradients after each micro-batch: more "
                        "messages, and only shards of gradients in memory")  # fmt: skip
 

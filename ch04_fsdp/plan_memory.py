@@ -157,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     made.add_argument("--recompute", default="block", help=", ".join(recompute.CHOICES))
     made.add_argument("--offload", choices=OFFLOADS, default="none")
-    made.add_argument("--prefetch-layers", type=at_least(0), default=1)
+    made.add_argument("--prefetch-layers", type=at_least(1), default=1)
     made.add_argument("--optimizer", choices=tuple(OPTIMIZER_BYTES), default="adamw")
     made.add_argument("--search", action="store_true", help="what fits, cheapest first, instead of the table")
     made.add_argument("--show", type=at_least(1), default=12, help="with --search: rows")

@@ -116,13 +116,13 @@ def shard(model: nn.Module, sharding: Sharding, mesh: DeviceMesh) -> nn.Module:
     offload = OffloadPolicy() if sharding.offload == "none" else CPUOffloadPolicy(pin_memory=pinned)
     for unit in [*units(model), model]:  # the root last: it takes what is left
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=sharding.reshards)
-    if sharding.prefetch != 1:
+    if sharding.prefetch > 1:
         prefetch(model, sharding.prefetch)
     return model
 
 
 def prefetch(model: nn.Module, ahead: int) -> None:
-    """Gather the weights of the next `ahead` layers while one computes. 0: none: slower, and less memory."""
+    """Gather the weights of the next `ahead` layers while one computes: hides a slow link, takes their memory."""
     layers: list[FSDPModule] = list(model.model.layers)
     for number, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])

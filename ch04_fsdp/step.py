@@ -44,7 +44,6 @@ def backward(
     for number, (inputs, targets) in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         model.set_requires_gradient_sync(last or sync_each)
-        model.set_is_last_backward(last)
         loss = ddp_step.loss_sum(model, inputs, targets)
         (loss * (world_size / tokens)).backward()  # FSDP, like DDP, divides by the ranks
         parts.append(loss.detach() / tokens)

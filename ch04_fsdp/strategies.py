@@ -89,7 +89,7 @@ def option(name: str) -> type[Sharded]:
         hybrid = 2 if strategy.startswith("hybrid") else None
         sharding = Sharding(
             strategy, hybrid, recompute=again, offload=offload, compile="compile" in more,
-            prefetch=0 if "no-prefetch" in more else 2 if "prefetch-2" in more else 1,
+            prefetch=2 if "prefetch-2" in more else 1,
         )  # fmt: skip
         body = {"sharding": sharding, "sync_each": "sync-each" in more, "__module__": __name__}
         globals()[name] = type(name, (Sharded,), body)
@@ -101,9 +101,7 @@ OPTIONS = [
     for parts in itertools.product(STRATEGIES, OFFLOADS, recompute.CHOICES)
     if not (parts[0] == "replicate" and parts[1] != "none")
 ] + [
-    f"{strategy}+none+none+{more}"
-    for strategy in ("full", "hybrid")
-    for more in ("sync-each", "no-prefetch", "prefetch-2", "compile")
+    f"{strategy}+none+none+{more}" for strategy in ("full", "hybrid") for more in ("sync-each", "prefetch-2", "compile")
 ]
 OPTIONS += [f"full+disk+none+{more}" for more in ("sync-each", "compile")]  # where its hooks meet the others'
 for _name in OPTIONS:

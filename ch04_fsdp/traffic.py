@@ -16,7 +16,6 @@ C++, the norm of DTensors. A dispatch mode sees them all.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,16 +110,6 @@ def expected(
                 found.append(Collective("all_reduce", unit, "backward", 4 * numbers // ranks, replicas))
     found.append(Collective("all_reduce", "", "update", 4 * len(parameters), ranks))  # a norm for each parameter
     return [collective for collective in found if collective.ranks > 1]
-
-
-def follows(seen: Sequence[Collective], rule: Sequence[Collective]) -> bool:
-    """Whether a live model made the rule's collectives, and beyond them at most gathers that nobody needs.
-
-    Backward prefetches by the order of forward. After set_is_last_backward(False) FSDP (torch 2.13) still has the order
-    of the micro-batch before, and at the first layer gathers that one's last unit, for nothing.
-    """
-    missing, more = Counter(rule) - Counter(seen), Counter(seen) - Counter(rule)
-    return not missing and all((one.kind, one.phase) == ("all_gather", "backward") for one in more)
 
 
 class Traffic(TorchDispatchMode):

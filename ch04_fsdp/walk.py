@@ -74,14 +74,13 @@ class Step:
         self.over_gloo = setting.device == "cpu"
         self.offloads = setting.offload == "disk" or (setting.offload == "cpu" and setting.device != "cpu")
         self.pending: set[int] = set()  # units whose all-gather has been started
-        self.reduced = 0  # FSDP: the input of the last reduction, kept until the next one or the step's last backward
+        self.reduced = 0  # FSDP: the input of the last reduction, kept until the next one
 
     def walk(self) -> None:
         self.hold_states()
         rounds = min(2, self.setting.accumulate) if self.setting.pp == 1 else 1
         for number in range(rounds):
-            self.is_final = number == rounds - 1
-            self.synchronizes = self.is_final or self.setting.sync_each
+            self.synchronizes = number == rounds - 1 or self.setting.sync_each
             self.accumulates = number > 0
             self.forward()
             if self.setting.strategy in ("zero1", "zero2"):
@@ -228,11 +227,10 @@ class Step:
                 ledger.touch("temporaries", 2 * self.part.embedding * self.gradient_bytes)
                 self.gradient(self.config.hidden_size)
             self.finish(-1)
+        ledger.drop("communication")
         ledger.drop("activations")
         ledger.drop("temporaries")
-        if self.is_final or not s.is_fsdp:
-            ledger.drop("communication")
-            self.reduced = 0
+        self.reduced = 0
         if s.strategy == "zero3":
             ledger.drop("gathered weights")
 
@@ -245,7 +243,7 @@ class Step:
         self.ledger.drop("communication", self.copy_out(unit))
         behind = self.part.layers if unit in (-1, self.part.layers) else unit  # the root comes before the last layer
         if self.part.tied or unit != -1:
-            for ahead in range(behind - 1, behind - 1 - max(1, s.prefetch), -1):
+            for ahead in range(behind - 1, behind - 1 - s.prefetch, -1):
                 if ahead >= 0 or (ahead == -1 and not self.part.tied):
                     self.all_gather(ahead)
 

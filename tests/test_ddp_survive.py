@@ -36,7 +36,8 @@ def test_a_node_is_lost_and_comes_back() -> None:
     assert done.result is not None, done.stderr
     result = done.result
     assert result["steps_on_one_node"] >= 1
-    assert result["steps_on_two_nodes"] >= 12 + result["steps_on_two_nodes_again"]
+    # Killed after step 12 or later; what came after the last checkpoint, of step 10, is done again.
+    assert result["steps_on_two_nodes"] >= 10 + result["steps_on_two_nodes_again"]
     assert result["steps_on_two_nodes_again"] >= 1, "the second node came too late to train"
     assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 50
     assert result["ranks_at_the_end"] == 2
