@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -182,10 +182,20 @@ def follow_jobs(daemons: Sequence[Daemon]) -> list[str]:
                 print(line, file=sys.stderr, flush=True)
                 seen[job.id] = job
         if answer and not any(job.state in RUNS_ON for job in jobs):
+            repeat_result(shown)
             return [job.state for job in jobs]
         for daemon in daemons:
             daemon.check()
         time.sleep(0.2)
+
+
+def repeat_result(outputs: Iterable[Path]) -> None:
+    """RESULT is the last line, also where torchrun had the last word in a job's log: the node that leaves last may find
+    the meeting point gone, which costs nothing but a traceback."""
+    lines = [line for path in outputs for line in path.read_text(errors="replace").splitlines()]
+    results = [line for line in lines if line.startswith("RESULT ")]
+    if results and lines[-1] != results[-1]:
+        print(results[-1], flush=True)
 
 
 @dataclass(frozen=True)

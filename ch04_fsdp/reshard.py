@@ -32,22 +32,19 @@ class ShardedJob(Job):
 
 
 def kill_in_a_save(job: Job, args: argparse.Namespace) -> dict:
-    """Killed while the ranks write, with a spoilt checkpoint on top: to the end from what is whole."""
-    saves = [f"step-{number:08d}" for number in range(args.save_every, args.steps, args.save_every)]
+    """Killed while the ranks write the third checkpoint, the second spoilt on top: to the end from the first."""
+    first, second, third = (f"step-{number * args.save_every:08d}" for number in (1, 2, 3))
     folder = job.out / "checkpoints"
-    # Not in the first one: there must be something to lose.
-    second = folder / f".{saves[1]}.partial"
-    in_save = job.kill_when(second.exists, "the second save", args.ranks, "--async-save") and second.exists()
+    under_way = folder / f".{third}.partial"
+    in_save = job.kill_when(under_way.exists, "the third save", args.ranks, "--async-save") and under_way.exists()
     kept = [path.name for path in checkpoint.every(folder)]
     log.info("killed -9 in a save" if in_save else "the save was quicker", whole_checkpoints=",".join(kept))
-    resumed = job.kill_when(lambda: len(job.losses()) >= 3 * args.save_every + 1, "a step", args.ranks)
-    newest = checkpoint.every(folder)[-1]
-    spoil(newest / "__0_0.distcp")
+    spoil(folder / kept[-1] / "__0_0.distcp")
     ended = job.finish(args.ranks, "--async-save")
     return {
         "killed_in_a_save": in_save,
-        "first_save_survived": saves[0] in kept and saves[1] not in kept,
-        "spoilt_checkpoint_named": resumed and f"{newest.name} is corrupt" in job.last_error,
+        "earlier_saves_survived": kept[:2] == [first, second] and (third not in kept) == in_save,
+        "spoilt_checkpoint_named": f"{kept[-1]} is corrupt" in job.last_error,
         "weights_sha256": ended["weights_sha256"],
     }
 
@@ -91,7 +88,7 @@ def leave_and_come_back(alone: Job, folder: Path, args: argparse.Namespace) -> d
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--steps", type=script.at_least(10), default=20)
+    parser.add_argument("--steps", type=script.at_least(8), default=20)
     parser.add_argument("--save-every", type=script.at_least(1), default=4)
     parser.add_argument("--global-batch", type=script.at_least(1), default=8)
     parser.add_argument("--seq-len", type=script.at_least(2), default=64)

@@ -556,3 +556,13 @@ def test_healthy_hosts_are_ready(tmp_path: Path) -> None:
     assert [done.result[name] for name in ("nodes", "world_size", "interfaces")] == [2, 4, ["eth0", "eth0"]]
     assert done.result["all_reduce_ms"] > 0
     assert done.result["clock_offset_ms_max"] < 50
+
+
+def test_the_result_is_the_last_line_whoever_spoke_after_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = tmp_path / "job.out"
+    log.write_text('step 1\nRESULT {"a": 1}\n')
+    slurm_node.repeat_result([log])
+    assert capsys.readouterr().out == ""
+    log.write_text('RESULT {"a": 1}\n[W] recvVector failed\n')
+    slurm_node.repeat_result([log])
+    assert capsys.readouterr().out == 'RESULT {"a": 1}\n'
