@@ -27,6 +27,7 @@ from common.script import UserError
 
 def plan(config: Any) -> nn.Module:
     """The model on the meta device: shapes and no memory, in float32, whatever type a checkpoint is in."""
+    config.dtype = torch.float32  # else transformers takes what the checkpoint's config says
     return lm.build(config, "meta")
 
 
