@@ -33,6 +33,11 @@ log = get_logger()
 class ShardedReport(Report):
     """What a rank cannot do alone, all do together."""
 
+    def evaluate(self, model: nn.Module) -> float:
+        loss = super().evaluate(model)
+        weights.reshard(model)
+        return loss
+
     def weights_sha256(self, model: nn.Module) -> str:
         return weights.sha256(model)
 
@@ -43,6 +48,7 @@ class ShardedReport(Report):
     def sample(self, model: nn.Module) -> None:
         if self.args.sample_tokens:
             self.show_sample(model)
+            weights.reshard(model)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -158,8 +158,19 @@ def _own(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
     return parameter.to_local(), slice(offset[0], offset[0] + shape[0])
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward has left gathered, as it does where weights wait for backward.
+
+    Until then named_parameters() shows the gathered weights, which under mixed precision have 16 bits.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole value of one parameter after another, sorted by name. A collective: all ranks must go through."""
+    reshard(model)
     for name, parameter in disk.visited(model, changed=False):
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         yield name, whole.detach()
