@@ -134,6 +134,12 @@ class Keeper(ddp_checkpoints.Keeper):
         if args.resume != "auto" or not args.out:
             return training.find_checkpoint(args)
         found = checkpoint.every(self.folder)
+        said = self.ctx.exchange("checkpoints", ", ".join(path.name for path in found))
+        if len(set(said)) > 1:  # each would verify another one, and wait for the others
+            raise UserError(
+                f"the ranks see different checkpoints in {self.folder}: {' and '.join(s or 'none' for s in set(said))}; "
+                "give all nodes the same --out, a shared folder"
+            )
         for path in reversed(found):
             if not (reason := self.fault(path)):
                 return path
@@ -144,21 +150,8 @@ class Keeper(ddp_checkpoints.Keeper):
 
     def fault(self, path: Path) -> str:
         """What is wrong with a checkpoint, "" if nothing is: the ranks share out its files, and all know the answer."""
-        return next(filter(None, self.ctx.exchange("checkpoint verified", self._own_fault(path))), "")
-
-    def _own_fault(self, path: Path) -> str:
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            if meta.pop("sha256") != _described(meta):
-                return "meta.json is not what was saved"
-            for name in sorted(meta["files"])[self.ctx.rank :: self.ctx.world_size]:
-                if _sha256(path / name) != meta["files"][name]:
-                    return f"{name} is not what was saved"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"[:120]
-        return ""
+        own = fault(path, self.ctx.rank, self.ctx.world_size)
+        return next(filter(None, self.ctx.exchange("checkpoint verified", own)), "")
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """Fill the model, the optimizer and this rank's random numbers. Returns the step, and the data's position.
@@ -191,6 +184,22 @@ class Keeper(ddp_checkpoints.Keeper):
             training.restore_random_state(torch.load(own, weights_only=True))
         log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
         return meta["step"], meta["position"]
+
+
+def fault(path: Path, rank: int = 0, world_size: int = 1) -> str:
+    """What is wrong with this rank's share of a checkpoint's files; "" if nothing is."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        if meta.pop("sha256") != _described(meta):
+            return "meta.json is not what was saved"
+        for name in sorted(meta["files"])[rank::world_size]:
+            if _sha256(path / name) != meta["files"][name]:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"[:120]
+    return ""
 
 
 def _reason(error: BaseException) -> str:
