@@ -12,10 +12,13 @@ that appears only when all of it is on the disk, is verified by hash before it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -67,11 +70,12 @@ class Keeper(ddp_checkpoints.Keeper):
             self._make(partial)
         self.ctx.barrier("checkpoint folder")
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
-        if self.ctx.is_main:
-            model.config.save_pretrained(partial)  # type: ignore[union-attr]
         write = dcp.async_save if self.in_background else dcp.save
-        pending = write(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        with self._full_disk_named():
+            torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
+            if self.ctx.is_main:
+                model.config.save_pretrained(partial)  # type: ignore[union-attr]
+            pending = write(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
         saved = (step, partial, position, pending, val_loss)
         if self.in_background:
             self._thread = Thread(target=self._try, args=saved)
@@ -88,10 +92,25 @@ class Keeper(ddp_checkpoints.Keeper):
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}); pass another --out") from None
 
+    @contextlib.contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """torch's words for it are many, as "unexpected pos 704 vs 598"."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if type(error) is RuntimeError and not re.search("inline_container|Parent directory", str(error)):
+                raise
+            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+            raise UserError(
+                f"cannot save to {self.folder} on rank {self.ctx.rank}, with {free / 2**30:.2f} GiB free "
+                f"({_reason(error)}); make room, or pass another --out, which all ranks see"
+            ) from None
+
     def _write(self, step: int, partial: Path, position: int, pending: Any, val_loss: float | None) -> None:  # type: ignore[override]
         """When all ranks have written: note what each file must be, and give the folder its name."""
         if isinstance(pending, Future):
-            pending.result()
+            with self._full_disk_named():
+                pending.result()
         hashes: list[dict[str, str]] = [{} for _ in range(self.ctx.world_size)]
         dist.all_gather_object(hashes, {path.name: _sha256(path) for path in self._own_files(partial)}, self.group)
         if self.ctx.is_main:
