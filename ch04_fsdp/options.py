@@ -102,6 +102,15 @@ def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
             )
 
 
+def of_all_ranks(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
+    """Flags that decide which collectives a run makes, and when: ranks that differ in one would wait for each other."""
+    own = ("run_dir", "all_ranks", "device", "threads", "data", "out", "resume", "offload_dir", "memory_cap_gib")
+    found = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in own}
+    if args.strategy.startswith("hybrid") and not args.shard_ranks:  # what it takes for them
+        found["number of ranks a node"] = str(ctx.launch.local_world_size)
+    return found | {"device": ctx.device.type}
+
+
 def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dict[str, Any]:
     """What decides the course of the training. Neither the number of ranks nor how the model is spread is among it."""
     names = ("preset", "steps", "seq_len", "lr", "warmup", "seed", "global_batch", "ragged", "clip", "dropout")
