@@ -64,8 +64,10 @@ def initialize(model: nn.Module, seed: int) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-        generator = torch.Generator(parameter.device).manual_seed(number)
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        # Where the ranks compute, also if shards are offloaded: a GPU draws other numbers than a CPU.
+        device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
+        generator = torch.Generator(device).manual_seed(number)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         whole.normal_(0.0, std, generator=generator)
         parameter.copy_(_shard_like(whole, parameter))
 
