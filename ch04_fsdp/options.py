@@ -45,12 +45,22 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     add_sharding_flags(made)
     ddp_options.add_survival_flags(made)
     args = ddp_options.check(made.parse_args(argv))
-    sharding_of(args, torch.float32)  # a contradiction is found before anything is started
-    if args.offload_dir and args.offload != "disk":
-        raise UserError("--offload-dir belongs to --offload disk; pass that too, or neither")
+    check_sharding(args)
     if args.offload == "disk" and args.async_save:
         raise UserError("--async-save copies into memory what --offload disk keeps out of it; leave one of them out")
     return args
+
+
+def check_sharding(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: two flags contradict each other: found before anything is started.
+    """
+    sharding_of(args, torch.float32)
+    if args.offload_dir and args.offload != "disk":
+        raise UserError("--offload-dir belongs to --offload disk; pass that too, or neither")
+    if args.strategy == "replicate" and args.sync_each:
+        raise UserError("--sync-each belongs to a strategy with shards of gradients; take another --strategy")
 
 
 def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Path | None:
@@ -59,7 +69,10 @@ def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Pat
         return None
     own = Path(ctx.exchange("the run folder", str(run_folder.resolve()))[0])  # only rank 0 has made its own
     if args.offload_dir is None:
-        own.mkdir(parents=True, exist_ok=True)
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {own} on this node ({error.strerror}); pass --offload-dir") from None
     return offload_folder.chosen(args.offload_dir, own)
 
 
