@@ -13,7 +13,7 @@ from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch04_fsdp import offload_folder, recompute
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
-from common import data
+from common import data, lm, profiling
 from common.dist import Context
 from common.script import UserError, at_least, positive
 
@@ -97,6 +97,30 @@ def check_batch(args: argparse.Namespace, ctx: Context) -> None:
             f"--global-batch {args.global_batch} does not divide by {ctx.world_size} ranks; take a multiple: under "
             "FSDP all ranks make the same number of passes"
         )
+
+
+def check_memory(args: argparse.Namespace, sharding: Sharding, ctx: Context) -> None:
+    """Before anything is allocated. Activations and gathered layers come on top: plan_memory.py knows them.
+
+    Raises:
+        UserError: what a rank is to hold between two steps does not fit: 16 bytes for each parameter of its shards.
+    """
+    if sharding.offload == "disk":
+        return  # it asks the disk itself
+    shards = 1 if sharding.strategy == "replicate" else ctx.world_size
+    if sharding.is_hybrid:
+        shards = sharding.shard_ranks or ctx.launch.local_world_size
+    on_host = sharding.offload == "cpu" or ctx.device.type == "cpu"
+    need = 16 * lm.parameter_count(lm.config(args.preset, args.seq_len)) // shards
+    need *= ctx.launch.local_world_size if on_host else 1
+    where = torch.device("cpu") if on_host else ctx.device
+    if need > (free := profiling.available_memory(where)):
+        raise UserError(
+            f"{args.preset} in {shards} shards takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} for "
+            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks, --offload cpu or disk, or a "
+            "smaller --preset"
+        )
+    ctx.barrier("memory checked")  # none allocates before all have looked
 
 
 def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
         source = keeper.find(args)
         options.agree(ctx, source, keeper.settings)
+        options.check_memory(args, sharding, ctx)
         limits.enter_context(memory_cap.limited(args.memory_cap_gib and args.memory_cap_gib * 2**30, ctx.device))
         wrapped = model.build(
             args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout,
