@@ -112,7 +112,7 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
                 found = dict.fromkeys(file.keys(), folder / "model.safetensors")
         if missing := next((path for path in found.values() if not path.exists()), None):
             raise UserError(f"{missing} is missing, though the index names it; copy the whole checkpoint")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"no safetensors checkpoint in {folder} ({error}); it needs model.safetensors") from None
     return found
 
@@ -147,7 +147,7 @@ def load(model: nn.Module, folder: Path) -> int:
                 part = stored[rows]
                 own.copy_(part)
                 read += part.numel() * part.element_size()
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
     return read
 
