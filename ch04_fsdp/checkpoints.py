@@ -153,11 +153,11 @@ class Keeper(ddp_checkpoints.Keeper):
         if args.resume != "auto" or not args.out:
             return training.find_checkpoint(args)
         found = checkpoint.every(self.folder)
-        said = self.ctx.exchange("checkpoints", ", ".join(path.name for path in found))
-        if len(set(said)) > 1:  # each would verify another one, and wait for the others
+        said = set(self.ctx.exchange("checkpoints", ", ".join(path.name for path in found) or "none"))
+        if len(said) > 1:  # each would verify another one, and wait for the others
             raise UserError(
-                f"the ranks see different checkpoints in {self.folder}: {' and '.join(s or 'none' for s in set(said))}; "
-                "give all nodes the same --out, a shared folder"
+                f"the ranks see different checkpoints in {self.folder}: {' and '.join(sorted(said))}; give all nodes "
+                "the same --out, a shared folder"
             )
         for path in reversed(found):
             if not (reason := self.fault(path)):

@@ -117,8 +117,8 @@ def check_memory(args: argparse.Namespace, sharding: Sharding, ctx: Context) -> 
     if need > (free := profiling.available_memory(where)):
         raise UserError(
             f"{args.preset} in {shards} shards takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} for "
-            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks, --offload cpu or disk, or a "
-            "smaller --preset"
+            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks, another "
+            "--offload or a smaller --preset"
         )
     ctx.barrier("memory checked")  # none allocates before all have looked
 
