@@ -12,10 +12,13 @@ that appears only when all of it is on the disk, is verified by hash before it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -67,11 +70,12 @@ class Keeper(ddp_checkpoints.Keeper):
             self._make(partial)
         self.ctx.barrier("checkpoint folder")
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
-        if self.ctx.is_main:
-            model.config.save_pretrained(partial)  # type: ignore[union-attr]
         write = dcp.async_save if self.in_background else dcp.save
-        pending = write(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        with self._full_disk_named():
+            torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
+            if self.ctx.is_main:
+                model.config.save_pretrained(partial)  # type: ignore[union-attr]
+            pending = write(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
         saved = (step, partial, position, pending, val_loss)
         if self.in_background:
             self._thread = Thread(target=self._try, args=saved)
@@ -88,10 +92,25 @@ class Keeper(ddp_checkpoints.Keeper):
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}); pass another --out") from None
 
+    @contextlib.contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """torch's words for it are many, as "unexpected pos 704 vs 598"."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if type(error) is RuntimeError and not re.search("inline_container|Parent directory", str(error)):
+                raise
+            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+            raise UserError(
+                f"cannot save to {self.folder} on rank {self.ctx.rank}, with {free / 2**30:.2f} GiB free "
+                f"({_reason(error)}); make room, or pass another --out, which all ranks see"
+            ) from None
+
     def _write(self, step: int, partial: Path, position: int, pending: Any, val_loss: float | None) -> None:  # type: ignore[override]
         """When all ranks have written: note what each file must be, and give the folder its name."""
         if isinstance(pending, Future):
-            pending.result()
+            with self._full_disk_named():
+                pending.result()
         hashes: list[dict[str, str]] = [{} for _ in range(self.ctx.world_size)]
         dist.all_gather_object(hashes, {path.name: _sha256(path) for path in self._own_files(partial)}, self.group)
         if self.ctx.is_main:
@@ -134,6 +153,12 @@ class Keeper(ddp_checkpoints.Keeper):
         if args.resume != "auto" or not args.out:
             return training.find_checkpoint(args)
         found = checkpoint.every(self.folder)
+        said = set(self.ctx.exchange("checkpoints", ", ".join(path.name for path in found) or "none"))
+        if len(said) > 1:  # each would verify another one, and wait for the others
+            raise UserError(
+                f"the ranks see different checkpoints in {self.folder}: {' and '.join(sorted(said))}; give all nodes "
+                "the same --out, a shared folder"
+            )
         for path in reversed(found):
             if not (reason := self.fault(path)):
                 return path
@@ -144,21 +169,8 @@ class Keeper(ddp_checkpoints.Keeper):
 
     def fault(self, path: Path) -> str:
         """What is wrong with a checkpoint, "" if nothing is: the ranks share out its files, and all know the answer."""
-        return next(filter(None, self.ctx.exchange("checkpoint verified", self._own_fault(path))), "")
-
-    def _own_fault(self, path: Path) -> str:
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            if meta.pop("sha256") != _described(meta):
-                return "meta.json is not what was saved"
-            for name in sorted(meta["files"])[self.ctx.rank :: self.ctx.world_size]:
-                if _sha256(path / name) != meta["files"][name]:
-                    return f"{name} is not what was saved"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"[:120]
-        return ""
+        own = fault(path, self.ctx.rank, self.ctx.world_size)
+        return next(filter(None, self.ctx.exchange("checkpoint verified", own)), "")
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """Fill the model, the optimizer and this rank's random numbers. Returns the step, and the data's position.
@@ -191,6 +203,22 @@ class Keeper(ddp_checkpoints.Keeper):
             training.restore_random_state(torch.load(own, weights_only=True))
         log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
         return meta["step"], meta["position"]
+
+
+def fault(path: Path, rank: int = 0, world_size: int = 1) -> str:
+    """What is wrong with this rank's share of a checkpoint's files; "" if nothing is."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        if meta.pop("sha256") != _described(meta):
+            return "meta.json is not what was saved"
+        for name in sorted(meta["files"])[rank::world_size]:
+            if _sha256(path / name) != meta["files"][name]:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"[:120]
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -116,6 +116,8 @@ def measure(args: argparse.Namespace, ctx: dist.Context) -> list[Row]:
         Row(Sharding(strategy, group if strategy.startswith("hybrid") else None, dtype, again))
         for strategy, again in itertools.product(args.strategies, args.recompute)
     ]
+    if any(row.sharding.is_hybrid for row in rows) and ctx.world_size % group:  # before the others take their time
+        raise script.UserError(f"{ctx.world_size} ranks do not divide into groups of {group}; pass --shard-ranks")
     go, order = partial(visit, args=args, ctx=ctx, batch=random_batch(args, ctx)), random.Random(args.seed)
     progress = Progress((args.rounds + 1) * len(rows) + 1, "visits")
     resident.return_at_once()

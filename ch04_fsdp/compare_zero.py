@@ -151,8 +151,10 @@ def save(contestant: Contestant, folder: Path, ctx: dist.Context) -> dict[str, f
         with path.open("rb") as file:
             os.fsync(file.fileno())
     ctx.barrier("saved")
+    seconds = time.perf_counter() - begin
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"save_s": time.perf_counter() - begin, "save_mib": size / 2**20}
+    ctx.barrier("save weighed")  # rank 0 removes the folder
+    return {"save_s": seconds, "save_mib": size / 2**20}
 
 
 # ---------------------------------------------------------------- the run

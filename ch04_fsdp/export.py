@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ch04_fsdp import weights
+from ch04_fsdp import checkpoints, weights
 from common import lm, profiling, script
 from common.dist import Context
 from common.logs import get_logger
@@ -39,6 +40,9 @@ def write_folder(
 
     Returns:
         The bytes of all tensors.
+
+    Raises:
+        UserError: the disk is full.
     """
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     for left_by_a_kill in (partial, old):
@@ -50,7 +54,11 @@ def write_folder(
 
     def flush() -> None:
         if waiting:
-            save_file(waiting, partial / f"part-{len(files):05d}", metadata={"format": "pt"})
+            try:
+                save_file(waiting, partial / f"part-{len(files):05d}", metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, which is no OSError here
+                shutil.rmtree(partial, ignore_errors=True)
+                raise script.UserError(f"cannot write {folder} ({error}); make room or give another folder") from None
             files.append(list(waiting))
             waiting.clear()
 
@@ -91,10 +99,15 @@ def export(model: nn.Module, tokenizer: Any, folder: Path, ctx: Context) -> None
     ctx.barrier("model saved")
 
 
-def stored_parameters(checkpoint: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """Name and whole value of each parameter in a sharded checkpoint, one after another, by a single process."""
+def stored_parameters(checkpoint: Path, *, tied: bool = False) -> Iterable[tuple[str, torch.Tensor]]:
+    """Name and whole value of each parameter in a sharded checkpoint, one after another, by a single process.
+
+    Args:
+        tied: the head is the embedding, which the checkpoint holds under both names.
+    """
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    for key in sorted(key for key in metadata if key.startswith("model.")):
+    twice = {"model.lm_head.weight"} if tied else set()
+    for key in sorted(key for key in metadata.keys() - twice if key.startswith("model.")):
         stored = metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         state = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
@@ -115,18 +128,25 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("meta.json", ".metadata", "config.json"):
         if not (args.checkpoint / name).exists():
             raise script.UserError(f"{args.checkpoint} is not a sharded checkpoint ({name} is missing); give one")
+    if reason := checkpoints.fault(args.checkpoint):
+        raise script.UserError(f"{args.checkpoint} is corrupt ({reason}); export another one")
     if args.folder.exists():
         raise script.UserError(f"{args.folder} is there already; give a new one")
     config = transformers.AutoConfig.from_pretrained(args.checkpoint)
+    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     tokenizer = lm.load_tokenizer(args.tokenizer) if args.tokenizer else None
     before = profiling.memory(torch.device("cpu")).current
     profiling.reset_peak_memory(torch.device("cpu"))
     try:
         total = write_folder(
-            args.folder, config, tokenizer, stored_parameters(args.checkpoint), int(args.file_mib * 2**20)
+            args.folder,
+            config,
+            tokenizer,
+            stored_parameters(args.checkpoint, tied=config.tie_word_embeddings),
+            int(args.file_mib * 2**20),
         )
-    except PermissionError as error:
-        raise script.UserError(f"cannot write to {error.filename} ({error.strerror}); give another folder") from None
+    except OSError as error:
+        raise script.UserError(f"cannot write {args.folder} ({error.strerror}); give another folder") from None
     peak = profiling.memory(torch.device("cpu")).peak - before
     return {
         "parameters": lm.parameter_count(config),

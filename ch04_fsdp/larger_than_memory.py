@@ -26,7 +26,7 @@ from ch01_intro import training
 from ch04_fsdp import offload_folder, short_run
 from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.short_run import Done, Job
-from common import lm, script
+from common import dist, lm, script
 from common.logs import get_logger
 
 log = get_logger()
@@ -88,6 +88,7 @@ def row(name: str, done: Done) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    dist.pick_device(args.device, dist.Launch("python"))  # --device cuda without one
     run = script.start(__file__, args)
     folder = offload_folder.chosen(args.offload_dir, run.folder)
     job = job_of(args, folder)

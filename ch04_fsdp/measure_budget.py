@@ -42,6 +42,7 @@ log = get_logger()
 MIB = 2**20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0",
              "MALLOC_ARENA_MAX": "1"}  # fmt: skip
+MEASURED = ("micro_batch", "seq_len", "accumulate", "sync_each", "dtype", "recompute", "prefetch", "shard_ranks")
 PRESETS: dict[str, dict[str, Any]] = {  # where the memory is differs from one to the other
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 6,
              "num_key_value_heads": 6, "vocab_size": 2048, "tie_word_embeddings": True},
@@ -82,6 +83,8 @@ class Cell:
         try:
             preset, strategy, count, *more = text.split(":")
             given = dict(one.split("=", 1) for one in more)
+            if unknown := given.keys() - MEASURED:
+                raise ValueError(f"{min(unknown)} is not measured here, only {', '.join(MEASURED)}")
             values: dict[str, Any] = {"strategy": strategy, "ranks": int(count), **defaults}
             for name, value in given.items():
                 kind = type(getattr(Setting(), name)) if name != "shard_ranks" else int
@@ -90,6 +93,8 @@ class Cell:
                 )
         except (ValueError, AttributeError, KeyError) as error:
             raise UserError(f"cannot read the cell {text!r} ({error}); write deep:full:2:recompute=block") from None
+        if wrong := [name for name, value in values.items() if type(value) is int and value < 1]:
+            raise UserError(f"{wrong[0]} is {values[wrong[0]]} in the cell {text!r}; take 1 or more")
         cell = cls(preset, Setting(**values))
         cell.sharding()
         return cell

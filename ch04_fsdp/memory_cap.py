@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from common import profiling
@@ -49,6 +50,11 @@ def limited(cap_bytes: float | None, device: torch.device) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     elif sys.platform.startswith("linux"):
+        total = psutil.virtual_memory().total
+        if cap_bytes > total:
+            raise UserError(
+                f"a cap of {cap_bytes / 2**30:.2f} GiB is no limit on a machine of {total / 2**30:.1f} GiB; lower it"
+            )
         return_what_is_freed()
         before = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + int(cap_bytes), before[1]))

@@ -4,8 +4,8 @@ You learn   what each place costs and saves, how much has to move in a step, and
 Laptop      python ch04_fsdp/offload.py
 GPU node    python ch04_fsdp/offload.py --preset 1b --seq-len 512 --offload-dir /mnt/nvme
 Training    torchrun ... ch04_fsdp/train_fsdp.py --offload cpu, or --offload disk --offload-dir /mnt/nvme
-You see     the same loss and the same hash of the weights in every row; less memory in each; the disk's own speed next
-            to what paging reached, from the page cache and with every page read from the disk
+You see     the same loss in every row, on a CPU also the same hash of the weights; less memory in each; the disk's own
+            speed next to what paging reached, from the page cache and with every page read from the disk
 
 On a CPU the first two rows are one: the host's memory is the device's. FSDP's CPUOffloadPolicy keeps shards, gradients
 and optimizer state on the host, and the optimizer runs there; the disk tier is the same policy over a mapped file.
@@ -25,9 +25,10 @@ from ch01_intro import training
 from ch04_fsdp import offload_folder, short_run
 from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.short_run import Job
-from common import lm, script
+from common import dist, lm, script
 
 MIB = 2**20
+TOLERANCE = 2e-3  # between losses on a GPU
 ROWS = (  # name, offload, whether the page cache may keep what has been used
     ("none", "none", True),
     ("cpu", "cpu", True),
@@ -77,6 +78,7 @@ def disk_rates(folder: Path, size: int = 256 * MIB, chunk: int = 8 * MIB) -> tup
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    on_gpu = dist.pick_device(args.device, dist.Launch("python")).type == "cuda"
     run = script.start(__file__, args)
     folder = offload_folder.chosen(args.offload_dir, run.folder)
     job = Job(
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
         name: (found[name]["paged_in_bytes"] + found[name]["paged_out_bytes"]) / found[name]["step_s"]
         for name in ("disk", "disk, uncached")
     }
-    uncached = found["disk, uncached"]
+    uncached, first = found["disk, uncached"], found["none"]["losses"]
     alone_s = uncached["disk_read_bytes"] / reads + uncached["disk_written_bytes"] / writes
     print(
         f"the disk ({offload_folder.kind(folder)}) reads {reads / MIB:,.0f} MiB/s and writes {writes / MIB:,.0f} MiB/s "
@@ -130,8 +132,12 @@ def main(argv: list[str] | None = None) -> dict:
         "file_gib": found["disk"]["file_bytes"] / 2**30,
         "weights_equal": len({row["weights_sha256"] for row in found.values()}) == 1,
         "losses_equal": len({tuple(row["losses"]) for row in found.values()}) == 1,
+        "losses_apart": max(abs(a - b) for row in found.values() for a, b in zip(row["losses"], first, strict=True)),
     }  # fmt: skip
-    if not (result["weights_equal"] and result["losses_equal"]):
+    equal = result["weights_equal"] and result["losses_equal"]
+    if on_gpu:  # with shards on the device its own optimizer steps, else the host's: they round each in their way
+        equal = result["losses_apart"] <= TOLERANCE
+    if not equal:
         raise script.CheckFailed("offloading has changed the training", result)
     return result
 

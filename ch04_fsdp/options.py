@@ -13,7 +13,7 @@ from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch04_fsdp import offload_folder, recompute
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
-from common import data
+from common import data, lm, profiling
 from common.dist import Context
 from common.script import UserError, at_least, positive
 
@@ -45,12 +45,22 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     add_sharding_flags(made)
     ddp_options.add_survival_flags(made)
     args = ddp_options.check(made.parse_args(argv))
-    sharding_of(args, torch.float32)  # a contradiction is found before anything is started
-    if args.offload_dir and args.offload != "disk":
-        raise UserError("--offload-dir belongs to --offload disk; pass that too, or neither")
+    check_sharding(args)
     if args.offload == "disk" and args.async_save:
         raise UserError("--async-save copies into memory what --offload disk keeps out of it; leave one of them out")
     return args
+
+
+def check_sharding(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: two flags contradict each other: found before anything is started.
+    """
+    sharding_of(args, torch.float32)
+    if args.offload_dir and args.offload != "disk":
+        raise UserError("--offload-dir belongs to --offload disk; pass that too, or neither")
+    if args.strategy == "replicate" and args.sync_each:
+        raise UserError("--sync-each belongs to a strategy with shards of gradients; take another --strategy")
 
 
 def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Path | None:
@@ -59,7 +69,10 @@ def offload_dir(args: argparse.Namespace, run_folder: Path, ctx: Context) -> Pat
         return None
     own = Path(ctx.exchange("the run folder", str(run_folder.resolve()))[0])  # only rank 0 has made its own
     if args.offload_dir is None:
-        own.mkdir(parents=True, exist_ok=True)
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {own} on this node ({error.strerror}); pass --offload-dir") from None
     return offload_folder.chosen(args.offload_dir, own)
 
 
@@ -86,6 +99,30 @@ def check_batch(args: argparse.Namespace, ctx: Context) -> None:
         )
 
 
+def check_memory(args: argparse.Namespace, sharding: Sharding, ctx: Context) -> None:
+    """Before anything is allocated. Activations and gathered layers come on top: plan_memory.py knows them.
+
+    Raises:
+        UserError: what a rank is to hold between two steps does not fit: 16 bytes for each parameter of its shards.
+    """
+    if sharding.offload == "disk":
+        return  # it asks the disk itself
+    shards = 1 if sharding.strategy == "replicate" else ctx.world_size
+    if sharding.is_hybrid:
+        shards = sharding.shard_ranks or ctx.launch.local_world_size
+    on_host = sharding.offload == "cpu" or ctx.device.type == "cpu"
+    need = 16 * lm.parameter_count(lm.config(args.preset, args.seq_len)) // shards
+    need *= ctx.launch.local_world_size if on_host else 1
+    where = torch.device("cpu") if on_host else ctx.device
+    if need > (free := profiling.available_memory(where)):
+        raise UserError(
+            f"{args.preset} in {shards} shards takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} for "
+            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks, another "
+            "--offload or a smaller --preset"
+        )
+    ctx.barrier("memory checked")  # none allocates before all have looked
+
+
 def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
     """
     Raises:
@@ -100,6 +137,15 @@ def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
                 f"the ranks would start with different {name}: {' and '.join(values)}; give all nodes the same "
                 "environment, data, flags and checkpoints (a shared folder for --out)"
             )
+
+
+def of_all_ranks(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
+    """Flags that decide which collectives a run makes, and when: ranks that differ in one would wait for each other."""
+    own = ("run_dir", "all_ranks", "device", "threads", "data", "out", "resume", "offload_dir", "memory_cap_gib")
+    found = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in own}
+    if args.strategy.startswith("hybrid") and not args.shard_ranks:  # what it takes for them
+        found["number of ranks a node"] = str(ctx.launch.local_world_size)
+    return found | {"device": ctx.device.type}
 
 
 def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dict[str, Any]:

@@ -104,9 +104,17 @@ def wire_bytes_per_token(config: Any, s: Setting) -> float:
     return sent / (tokens * s.accumulate) + inside
 
 
+def divides(config: Any, tp: int) -> bool:
+    try:
+        part(config, Setting(ranks=tp, tp=tp))
+    except UserError:
+        return False
+    return True
+
+
 def search(config: Any, base: Setting, memory: float) -> Iterator[tuple[tuple[float, ...], Setting, float]]:
     """Every setting that fits, with its largest micro-batch; its cost: (offload, extra compute, bytes a token)."""
-    tps = [n for n in (1, 2, 4, 8) if base.ranks % n == 0 and config.num_key_value_heads % n == 0]
+    tps = [n for n in (1, 2, 4, 8) if base.ranks % (n * base.pp) == 0 and divides(config, n)]
     choices = ("none", "ops", "mlp", "every-2", "block")
     for strategy, again, offload, tp in itertools.product(STRATEGIES, choices, ("none", "cpu"), tps):
         if (offload != "none" and strategy == "replicate") or strategy.startswith("hybrid"):

@@ -28,10 +28,9 @@ from typing import Any
 
 import torch
 
-from ch01_intro import training
 from ch01_intro.memory import KINDS, State
 from ch03_ddp.feed import Batch
-from ch04_fsdp import model, options, phases, resident, step
+from ch04_fsdp import disk, model, options, phases, resident, step
 from ch04_fsdp.phases import MIB, MemoryLine, Moment, ShardedActivations
 from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.traffic import padded, unit_parameters
@@ -91,9 +90,11 @@ def measure(setting: Setting, args: argparse.Namespace, ctx: dist.Context) -> Pr
     gc.collect()
     sharding = setting.sharding
     line = MemoryLine(ctx.device)
-    wrapped = model.build(args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed)
+    wrapped = model.build(
+        args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, offload_dir=args.offload_dir
+    )
     inner = model.inner(wrapped)
-    optimizer = training.make_optimizer(inner, 1e-4)
+    optimizer = model.make_optimizer(inner, 1e-4)
     saved = ShardedActivations(inner)
     line.mark("build")
     for number in range(2):
@@ -105,7 +106,8 @@ def measure(setting: Setting, args: argparse.Namespace, ctx: dist.Context) -> Pr
             line.mark("backward embed_tokens")
         step.clip(wrapped, 1.0)
         line.mark("clip")
-        optimizer.step()
+        tier = disk.of(inner)
+        tier.step(optimizer) if tier else optimizer.step()
         line.mark("optimizer")
         states = phases.state_bytes(inner, optimizer)
         optimizer.zero_grad()
@@ -287,7 +289,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--no-try", action="store_true", help="only measure: do not try what would help")
     options.add_sharding_flags(made)
     args = made.parse_args(argv)
-    options.sharding_of(args, torch.float32)  # a contradiction is found before anything is started
+    options.check_sharding(args)
+    if args.memory_cap_gib:
+        raise script.UserError("--memory-cap-gib is for training; here memory is measured, leave it out")
     return args
 
 

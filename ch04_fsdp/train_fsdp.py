@@ -33,6 +33,11 @@ log = get_logger()
 class ShardedReport(Report):
     """What a rank cannot do alone, all do together."""
 
+    def evaluate(self, model: nn.Module) -> float:
+        loss = super().evaluate(model)
+        weights.reshard(model)
+        return loss
+
     def weights_sha256(self, model: nn.Module) -> str:
         return weights.sha256(model)
 
@@ -43,6 +48,7 @@ class ShardedReport(Report):
     def sample(self, model: nn.Module) -> None:
         if self.args.sample_tokens:
             self.show_sample(model)
+            weights.reshard(model)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -53,12 +59,14 @@ def main(argv: list[str] | None = None) -> dict:
     with dist.session(args.device, threads=args.threads) as ctx, ExitStack() as limits:
         args.global_batch = args.global_batch or args.batch_size * ctx.world_size
         options.check_batch(args, ctx)
+        options.agree(ctx, None, options.of_all_ranks(args, ctx))
         sharding = options.sharding(args, ctx)
         keeper = checkpoints.Keeper(
             out / "checkpoints", options.settings(args, corpus, ctx), ctx, keep=args.keep, in_background=args.async_save
         )
         source = keeper.find(args)
         options.agree(ctx, source, keeper.settings)
+        options.check_memory(args, sharding, ctx)
         limits.enter_context(memory_cap.limited(args.memory_cap_gib and args.memory_cap_gib * 2**30, ctx.device))
         wrapped = model.build(
             args.preset, sharding, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout,

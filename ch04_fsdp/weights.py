@@ -27,6 +27,7 @@ from common.script import UserError
 
 def plan(config: Any) -> nn.Module:
     """The model on the meta device: shapes and no memory, in float32, whatever type a checkpoint is in."""
+    config.dtype = torch.float32  # else transformers takes what the checkpoint's config says
     return lm.build(config, "meta")
 
 
@@ -63,8 +64,10 @@ def initialize(model: nn.Module, seed: int) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-        generator = torch.Generator(parameter.device).manual_seed(number)
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        # Where the ranks compute, also if shards are offloaded: a GPU draws other numbers than a CPU.
+        device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
+        generator = torch.Generator(device).manual_seed(number)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         whole.normal_(0.0, std, generator=generator)
         parameter.copy_(_shard_like(whole, parameter))
 
@@ -109,7 +112,7 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
                 found = dict.fromkeys(file.keys(), folder / "model.safetensors")
         if missing := next((path for path in found.values() if not path.exists()), None):
             raise UserError(f"{missing} is missing, though the index names it; copy the whole checkpoint")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"no safetensors checkpoint in {folder} ({error}); it needs model.safetensors") from None
     return found
 
@@ -144,7 +147,7 @@ def load(model: nn.Module, folder: Path) -> int:
                 part = stored[rows]
                 own.copy_(part)
                 read += part.numel() * part.element_size()
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
     return read
 
@@ -157,8 +160,19 @@ def _own(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
     return parameter.to_local(), slice(offset[0], offset[0] + shape[0])
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward has left gathered, as it does where weights wait for backward.
+
+    Until then named_parameters() shows the gathered weights, which under mixed precision have 16 bits.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole value of one parameter after another, sorted by name. A collective: all ranks must go through."""
+    reshard(model)
     for name, parameter in disk.visited(model, changed=False):
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         yield name, whole.detach()

@@ -344,6 +344,7 @@ def test_measured_within_a_tenth():
 
 def test_measure_with_bad_input():
     for cell, line in (("deep:full", "cannot read the cell"), ("deep:full:2:colour=red", "cannot read the cell"),
+                       ("deep:full:2:tp=2", "tp is not measured here"), ("deep:full:2:accumulate=0", "take 1 or more"),
                        ("deep:hybrid:2:shard_ranks=3", "groups of 3"), ("huge:full:2", "no model 'huge'")):  # fmt: skip
         done = run("ch04_fsdp/measure_budget.py", ["--cells", cell, "--device", "cpu"])
         assert done.returncode == 2, cell

@@ -233,6 +233,20 @@ def test_each_rank_reads_its_own_rows_of_a_checkpoint(folders: dict[str, Path], 
         assert held == total if strategy == "replicate" else held < total * 0.36
 
 
+def evaluated() -> tuple[set[torch.dtype], bool]:
+    """A model whose config says 16 bits, after a forward pass that no backward follows."""
+    with dist.session("cpu", threads=1) as ctx, torch.no_grad():
+        config = small(dtype=torch.bfloat16)
+        built = model.build(config, Sharding("grad", dtype=torch.bfloat16), ctx, seq_len=32)
+        before = weights.sha256(built)
+        built(input_ids=TOKENS, use_cache=False)
+        return {p.dtype for _, p in weights.whole_parameters(built)}, before == weights.sha256(built)
+
+
+def test_no_weight_loses_bits_to_a_config_or_an_evaluation() -> None:
+    assert values(run_ranks(evaluated, 2)) == [({torch.float32}, True)] * 2
+
+
 def spoilt(folder: Path, how: str) -> None:
     if how == "missing":
         (folder / "model.safetensors").unlink()
@@ -416,6 +430,7 @@ def test_what_does_not_divide_is_one_line_on_every_rank(flags: str, says: str) -
     ("flags", "says"),
     [
         ("--strategy full --shard-ranks 2", "belongs to a hybrid strategy"),
+        ("--strategy replicate --sync-each", "--sync-each belongs to a strategy with shards"),
         ("--strategy replicate --offload cpu", "replicate has no shards to offload"),
         ("--recompute sometimes", "cannot recompute 'sometimes'"),
         ("--recompute every-0", "cannot recompute 'every-0'"),
@@ -450,6 +465,10 @@ def test_checkpoints_of_others_are_refused(tmp_path: Path, folders: dict[str, Pa
     (newest / "state.pt").touch()
     third = run_script(TRAIN, [*BRIEF, "--resume", newest])
     assert "was made by chapter 1's or 3's script" in third.stderr
+    (newest / "config.json").write_text("{}")
+    other = run_script("ch04_fsdp/export.py", [newest, tmp_path / "new"])
+    assert other.returncode == 2
+    assert "is corrupt (config.json is not what was saved)" in other.stderr
     wrong = run_script("ch04_fsdp/export.py", [folders["tied"], tmp_path / "new"])
     assert wrong.returncode == 2
     assert "is not a sharded checkpoint" in wrong.stderr
