@@ -56,7 +56,7 @@ def save(
         _sync(file)
     _sync_folder(partial)
     if final.exists():
-        _remove(final)
+        remove(final)
     os.rename(partial, final)
     _sync_folder(folder)
     prune(folder, keep=keep, spare=spare)
@@ -67,10 +67,10 @@ def prune(folder: Path, *, keep: int, spare: str = "") -> None:
     """Remove all but the newest `keep`, and the one named `spare`."""
     for old in every(folder)[:-keep]:
         if old.name != spare:
-            _remove(old)
+            remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Out of sight first: a kill in the middle must not leave half a checkpoint that looks like a whole one."""
     gone = path.with_name(f".{path.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)

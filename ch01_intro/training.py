@@ -257,7 +257,15 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         found = checkpoint.every(args.out / "checkpoints")
         return found[-1] if found else None
     if args.resume != "never":
-        return Path(args.resume)
+        path = Path(args.resume)
+        if args.out and path.resolve().parent == (args.out / "checkpoints").resolve():
+            newer = [found.name for found in checkpoint.every(args.out / "checkpoints") if found.name > path.name]
+            if newer:
+                raise UserError(
+                    f"{args.out} has newer checkpoints than {path.name} ({newer[-1]}); go on from there in another "
+                    "--out, or remove them"
+                )
+        return path
     if args.out and checkpoint.every(args.out / "checkpoints"):
         raise UserError(f"{args.out} already holds checkpoints; pass --resume auto to go on, or another --out")
     return None
@@ -280,15 +288,19 @@ def open_losses(folder: Path, step: int, source: Path | None = None) -> Metrics:
     return Metrics(path)
 
 
-def sample(model: nn.Module, tokenizer: Any, prompt: str, tokens: int, seed: int) -> str:
-    """`prompt` continued by `tokens` tokens, drawn at temperature 0.7 from the 50 likeliest."""
+def sample(model: nn.Module, tokenizer: Any, prompt: str, tokens: int, seed: int, *, to_the_end: bool = False) -> str:
+    """`prompt` continued by `tokens` tokens, drawn at temperature 0.7 from the 50 likeliest.
+
+    to_the_end: not fewer, though the model ends the text: where each pass is a collective, ranks must not differ.
+    """
     device = next(model.parameters()).device
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").input_ids.to(device)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+            min_new_tokens=tokens if to_the_end else None, do_sample=True, temperature=0.7, top_k=50,
             pad_token_id=0,
         )  # fmt: skip
     model.train()

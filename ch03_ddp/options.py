@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from ch01_intro import training
+from ch01_intro import checkpoint, training
 from ch03_ddp import hooks
 from ch03_ddp.preemption import parse_signal
 from common import data
@@ -58,8 +58,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: two flags contradict each other.
     """
-    if args.resume == "never" and restarted():
-        args.resume = "auto"
+    if restarted() and (args.resume == "never" or (args.out and checkpoint.every(args.out / "checkpoints"))):
+        args.resume = "auto"  # also where a checkpoint was named: this job has gone on from it since
     if args.record_samples and args.out is None:
         raise UserError("--record-samples needs a place for its notes; pass --out DIR")
     return args

@@ -161,8 +161,10 @@ class Report:
         if self.args.sample_tokens and self.ctx.is_main:
             self.show_sample(model)
 
-    def show_sample(self, model: nn.Module) -> None:
+    def show_sample(self, model: nn.Module, *, to_the_end: bool = False) -> None:
         args = self.args
-        text = training.sample(model, self.corpus.tokenizer(), args.prompt, args.sample_tokens, args.seed)
+        text = training.sample(
+            model, self.corpus.tokenizer(), args.prompt, args.sample_tokens, args.seed, to_the_end=to_the_end
+        )
         if self.ctx.is_main:
             print(f"--- the model continues {args.prompt!r}\n{text}\n---", flush=True)

@@ -125,7 +125,7 @@ class Keeper(ddp_checkpoints.Keeper):
                 _sync(path)
             final = self.folder / f"step-{step:08d}"
             if final.exists():
-                shutil.rmtree(final)
+                checkpoint.remove(final)
             os.rename(partial, final)
             _sync(self.folder)
             self._prune(final, val_loss)

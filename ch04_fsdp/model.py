@@ -54,18 +54,18 @@ def build(
     model = weights.plan(config)
     home = ctx.device if sharding.offload == "none" else torch.device("cpu")  # where shards wait for their use
     if sharding.strategy == "replicate":  # DDP compares the ranks' weights when it is made: there must be some
-        _fill(model, name, home, seed)
+        _fill(model, name, home, ctx.device, seed)
         return shard(model, sharding, mesh)
     shard(model, sharding, mesh)
     if sharding.offload == "disk":
         tier = disk.Tier(model, offload_dir or Path(tempfile.gettempdir()))
         log.info("shards are on disk", folder=offload_dir, gib_of_this_rank=round(tier.size / 2**30, 3))
-    _fill(model, name, home, seed)
+    _fill(model, name, home, ctx.device, seed)
     return model
 
 
-def _fill(model: nn.Module, name: str | Any, device: torch.device, seed: int) -> None:
-    weights.allocate(model, device)
+def _fill(model: nn.Module, name: str | Any, home: torch.device, compute: torch.device, seed: int) -> None:
+    weights.allocate(model, home, compute)
     if not isinstance(name, str) or lm.is_preset(name):
         weights.initialize(model, seed)
     else:

@@ -115,7 +115,11 @@ def main(argv: list[str] | None = None) -> dict:
         result["export_equal"] = result["export_sha256"] == whole["weights_sha256"]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {"ranks": args.ranks, "other_ranks": args.other_ranks, **result}
+    result = {"ranks": args.ranks, "other_ranks": args.other_ranks, **result}
+    must = ("earlier_saves_survived", "spoilt_checkpoint_named", "weights_equal", "export_equal", "logits_equal")
+    if wrong := [name for name in must if not result[name]]:
+        raise script.CheckFailed(f"not {', not '.join(wrong)}", result)
+    return result
 
 
 if __name__ == "__main__":

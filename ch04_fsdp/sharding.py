@@ -15,8 +15,10 @@ The strategies, by the names of FSDP1 that papers and old code use:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as td
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -34,6 +36,10 @@ FSDP1_NAMES = {
     "NO_SHARD": "replicate",
 }
 OFFLOADS = ("none", "cpu", "disk")  # where shards live between their uses
+
+
+# By the job's own group, and gone with it: a mesh of two dimensions makes process groups, which are dear.
+_meshes: WeakKeyDictionary[td.ProcessGroup, dict[tuple[bool, int], DeviceMesh]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,19 @@ class Sharding:
         Raises:
             UserError: the groups do not divide the ranks.
         """
-        if not self.is_hybrid:
-            return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-        group = self.shard_ranks or ranks_a_node or world_size
+        group = (self.shard_ranks or ranks_a_node or world_size) if self.is_hybrid else world_size
         if world_size % group:
             raise UserError(
                 f"{world_size} ranks do not divide into groups of {group}; take --shard-ranks "
                 + " or ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
             )
-        return init_device_mesh(device.type, (world_size // group, group), mesh_dim_names=("replicate", "shard"))
+        made = _meshes.setdefault(td.group.WORLD, {})
+        key = (self.is_hybrid, group)
+        if key not in made:
+            names = ("replicate", "shard") if self.is_hybrid else ("shard",)
+            shape = (world_size // group, group) if self.is_hybrid else (world_size,)
+            made[key] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        return made[key]
 
 
 def units(model: nn.Module) -> list[list[nn.Module]]:

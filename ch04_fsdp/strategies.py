@@ -1,18 +1,16 @@
 """The training step of train_fsdp.py as strategies of chapter 2's parity harness, in every combination of its options.
 
-An option is written strategy+offload+recompute(+more), as in full+cpu+mlp or hybrid+none+block+sync-each.
+An option is written strategy+offload+recompute(+more), as in full+cpu+mlp or full+none+none+sync-each.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ch02_hardware_parallelism.comm import Comm
@@ -22,11 +20,6 @@ from ch04_fsdp import disk, recompute, step
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding, shard
 
 __all__ = ["OPTIONS", "RaggedLlama", "Sharded", "option"]
-
-
-@functools.cache  # a mesh of two dimensions makes process groups, which live as long as the process
-def _mesh(sharding: Sharding, ranks: int, device: torch.device) -> DeviceMesh:
-    return sharding.mesh(ranks, device)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,7 +38,7 @@ class Sharded(Strategy):
         if self.sharding.compile:  # as in chapter 3: a matrix asks for many variants, and none may go on uncompiled
             torch._dynamo.config.recompile_limit = 100
             torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.model = shard(model, self.sharding, _mesh(self.sharding, comm.size, device))
+        self.model = shard(model, self.sharding, self.sharding.mesh(comm.size, device))
         if self.sharding.offload == "disk":
             disk.Tier(self.model, Path(tempfile.gettempdir()))
         self.optimizer = make_optimizer(p for _, p in trainable(self.model))

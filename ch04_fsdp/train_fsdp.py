@@ -47,7 +47,7 @@ class ShardedReport(Report):
 
     def sample(self, model: nn.Module) -> None:
         if self.args.sample_tokens:
-            self.show_sample(model)
+            self.show_sample(model, to_the_end=True)
             weights.reshard(model)
 
 

@@ -31,8 +31,9 @@ def plan(config: Any) -> nn.Module:
     return lm.build(config, "meta")
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds them."""
+def allocate(model: nn.Module, device: torch.device, compute: torch.device | None = None) -> None:
+    """Memory on `device` for what this rank holds. Buffers (the rotary angles) are computed, as no checkpoint holds
+    them, and live where the model computes."""
     if disk.of(model) is None:
         model.to_empty(device=device)
     else:  # its parameters have their place in a file
@@ -41,15 +42,17 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, torch.empty_like(buffer, device=device))
     if not isinstance(model, FSDPModule):  # each place of a tied parameter got memory of its own
         model.tie_weights()  # type: ignore[operator]
-    initialize_buffers(model)
+    initialize_buffers(model, compute or device)
 
 
 @torch.no_grad()
-def initialize_buffers(model: nn.Module) -> None:
+def initialize_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
             vars(module).pop("_is_hf_initialized", None)  # else it is taken for loaded
             model._init_weights(module)  # type: ignore[operator]
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
 @torch.no_grad()
@@ -125,9 +128,12 @@ def load(model: nn.Module, folder: Path) -> int:
         The bytes that this rank has read.
 
     Raises:
-        UserError: a tensor is missing, of another shape or unreadable: the checkpoint is of another model.
+        UserError: a tensor is missing, too many, of another shape or unreadable: the checkpoint is of another model.
     """
     found = files_of_tensors(folder)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if surplus := [name for name in found if name not in known and not name.endswith("inv_freq")]:
+        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
     read = 0
     opened: dict[Path, Any] = {}
     try:

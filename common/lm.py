@@ -94,7 +94,9 @@ def build(config: Any, device: torch.device | str = "cpu", *, seed: int = 0) -> 
     seed_everything(seed)
     plan_first = str(device) == "meta" or parameter_count(config) > LARGE
     with torch.device("meta" if plan_first else device):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
     if plan_first and str(device) != "meta":
         materialize(model, device, seed=seed)
     return model

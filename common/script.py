@@ -230,7 +230,7 @@ def _rounded(value: Any) -> Any:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")
+        sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
     )
 
 

@@ -1,4 +1,7 @@
-"""Killed, spoilt, on other ranks, without a node and with it again: the scripts' own verdicts, and what they rest on."""
+"""Killed, spoilt, on other ranks: the scripts' own verdicts, and what they rest on.
+
+elastic.py is run and checked by the smoke rows (ch03_ddp/exercises.toml): a minute is enough for it.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,6 @@ def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -
     assert result["sequences_equal"]
     assert result["sequences_equal_other_ranks"]
     assert result["largest_loss_difference_other_ranks"] < 1e-4
-
-
-def test_a_node_is_lost_and_comes_back() -> None:
-    done = process.run("python ch03_ddp/elastic.py --steps 50", timeout_s=280)
-    assert done.result is not None, done.stderr
-    result = done.result
-    assert result["steps_on_one_node"] >= 1
-    # Killed after step 12 or later; what came after the last checkpoint, of step 10, is done again.
-    assert result["steps_on_two_nodes"] >= 10 + result["steps_on_two_nodes_again"]
-    assert result["steps_on_two_nodes_again"] >= 1, "the second node came too late to train"
-    assert result["steps_on_one_node"] + result["steps_on_two_nodes"] == 50
-    assert result["ranks_at_the_end"] == 2
-    assert result["largest_loss_difference"] < 1e-4
-    assert result["sequences_equal"]
 
 
 def test_a_lost_or_repeated_sequence_would_be_seen(tmp_path: Path) -> None:

@@ -275,7 +275,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     shutil.copytree(folders["tied"], folder)
     spoilt(folder, how)
     with pytest.raises(UserError, match=says):
-        weights.load(weights.plan(lm.config(str(folder))).to_empty(device="cpu"), folder)
+        built = weights.plan(lm.config(str(folder)))
+        weights.allocate(built, torch.device("cpu"))
+        weights.load(built, folder)
 
 
 # ---------------------------------------------------------------- checkpoints
