@@ -164,7 +164,7 @@ def profile_twice() -> dict:
     """On one rank: the line's peak, and the same step's exact peak by the allocations that torch.profiler records."""
     from ch04_fsdp import profile_memory_fsdp as tool
 
-    args = argparse.Namespace(preset="nano", seq_len=128, seed=0, on_gpu=False, world_size=1)
+    args = argparse.Namespace(preset="nano", seq_len=128, seed=0, on_gpu=False, world_size=1, offload_dir=None)
     now = tool.Setting(Sharding("full"), 8, 1, False)
     resident.return_at_once()
     with dist.session("cpu") as ctx:
