@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from common.script import UserError
+from common.script import UserError, sync
 
 KEEP = 2  # the newest, and one before it should a disk spoil the newest
 
@@ -54,11 +54,11 @@ def save(
     with (partial / "meta.json").open("w") as file:
         json.dump({"step": step, "sha256": hashing.digest.hexdigest(), "settings": settings}, file)
         _sync(file)
-    _sync_folder(partial)
+    sync(partial)
     if final.exists():
         remove(final)
     os.rename(partial, final)
-    _sync_folder(folder)
+    sync(folder)
     prune(folder, keep=keep, spare=spare)
     return final
 
@@ -85,14 +85,6 @@ def _described(step: int, settings: dict[str, Any]) -> bytes:
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def every(folder: Path) -> list[Path]:

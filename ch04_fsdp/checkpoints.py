@@ -35,7 +35,7 @@ from ch01_intro import checkpoint, training
 from ch03_ddp import checkpoints as ddp_checkpoints
 from common.dist import Context
 from common.logs import get_logger
-from common.script import UserError, atomic_write
+from common.script import UserError, atomic_write, sync
 
 log = get_logger()
 
@@ -122,12 +122,12 @@ class Keeper(ddp_checkpoints.Keeper):
             with (partial / "meta.json").open("w") as file:
                 json.dump(meta | {"sha256": _described(meta)}, file)
             for path in [*partial.iterdir(), partial]:
-                _sync(path)
+                sync(path)
             final = self.folder / f"step-{step:08d}"
             if final.exists():
                 checkpoint.remove(final)
             os.rename(partial, final)
-            _sync(self.folder)
+            sync(self.folder)
             self._prune(final, val_loss)
         dist.barrier(self.group)
 
@@ -235,11 +235,3 @@ def _described(meta: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ch04_fsdp import contestants
-from ch04_fsdp import profiled_traffic as traffic
 from ch04_fsdp.contestants import Job
+from ch04_fsdp.traffic import Collective
 
 MIB = 2**20
 REFERENCE, CONTROL = "ddp", "fsdp-full-again"
@@ -30,7 +30,7 @@ def of(
     parameters: int,
     job: Job,
     weighed: dict[str, int],
-    sent: Sequence[traffic.Collective],
+    sent: Sequence[Collective],
     saved: dict[str, float],
 ) -> Figures:
     """What one contestant holds, sends and saves, in MiB and seconds. `weighed` is empty on ranks other than 0."""
@@ -45,8 +45,8 @@ def of(
         "resident_mib": weighed.get("resident", 0) / MIB,
         "peak_mib": weighed.get("peak", 0) / MIB,
         "collectives": len(sent),
-        "sent_mib": sum(call.wire_bytes(ranks) for call in sent) / MIB,
-        "formula_mib": traffic.formula(
+        "sent_mib": sum(call.sent_bytes for call in sent) / MIB,
+        "formula_mib": contestants.sent_bytes(
             name, summed=4 * parameters, gathered=gathered * parameters, ranks=ranks, micro_batches=job.micro_batches
         ) / MIB,
         **saved,

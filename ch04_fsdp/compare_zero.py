@@ -21,9 +21,7 @@ You see     the gradients of all equal to rounding; what a rank holds beside the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import os
 import random
@@ -39,17 +37,14 @@ import torch
 from ch01_intro import training
 from ch02_hardware_parallelism.training import timed_ms
 from ch03_ddp.feed import Documents, Feed, StepBatch
-from ch04_fsdp import compare_report, contestants
-from ch04_fsdp import profiled_traffic as traffic
+from ch04_fsdp import compare_report, contestants, resident
 from ch04_fsdp.compare_report import CONTROL, REFERENCE
 from ch04_fsdp.contestants import Contestant, Job
+from ch04_fsdp.traffic import Collective, Traffic
 from common import data, dist, lm, process, profiling, ranks, script
 from common.logs import Progress
 
 WARM_UP = 2  # steps of each start
-# glibc keeps what is freed, and the resident set with it. So it gives each block of 64 KiB or more back at once.
-RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 # ---------------------------------------------------------------- 1. weighed
@@ -84,7 +79,7 @@ def weigh_alone(name: str, args: argparse.Namespace, ctx: dist.Context, folder: 
     """
     port = ctx.exchange("port", str(ranks.free_port()))[0]
     launch = ctx.launch
-    variables = RETURNING | {
+    variables = {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
         "LOCAL_WORLD_SIZE": str(launch.local_world_size), "MASTER_ADDR": launch.address, "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -160,11 +155,11 @@ def save(contestant: Contestant, folder: Path, ctx: dist.Context) -> dict[str, f
 # ---------------------------------------------------------------- the run
 
 
-def keep_freed_memory() -> None:
-    """What CUDA's caching allocator does: blocks that are freed are used again, not given back and faulted in anew."""
-    with contextlib.suppress(OSError, AttributeError):  # a C library without it
-        for option, value in ((M_TRIM_THRESHOLD, 2**30), (M_MMAP_MAX, 0)):
-            ctypes.CDLL(None).mallopt(option, value)
+def count(contestant: Contestant, batch: StepBatch) -> list[Collective]:
+    """The collectives of a step."""
+    with Traffic() as traffic:
+        contestants.train(contestant, batch)
+    return traffic.seen
 
 
 def measure(args: argparse.Namespace, job: Job, feeds: tuple[Feed, Feed], run: script.Run) -> dict[str, Any]:
@@ -180,7 +175,7 @@ def measure(args: argparse.Namespace, job: Job, feeds: tuple[Feed, Feed], run: s
         built = {n: contestants.build(n.removesuffix("-again"), job) for n in order.sample(everyone, len(everyone))}
         if start == 0:
             apart = compare(built, first)
-            sent = {name: traffic.record(partial(contestants.train, built[name], batch)) for name in names}
+            sent = {name: count(built[name], batch) for name in names}
         for one in built.values():
             for _ in range(WARM_UP):
                 contestants.train(one, batch)
@@ -278,11 +273,11 @@ def main(argv: list[str] | None = None) -> dict:
             for rows in (documents, data.Blocks(corpus.train, args.seq_len))
         )
         if args.only:
+            resident.return_at_once()
             mine = weigh(args.only, job, next(blocks))
             every = ctx.gather(mine)
             return {kind: max(rank[kind] for rank in every) for kind in mine} if ctx.is_main else {}
-        if ctx.device.type == "cpu":
-            keep_freed_memory()
+        resident.return_at_once(False)  # the clock counts: what is freed is used again, as CUDA's allocator does
         result = measure(args, job, (ragged, blocks), run)
         if ctx.is_main:
             compare_report.show(result)

@@ -184,5 +184,25 @@ def ideal_bytes(name: str, parameters: int, ranks: int, dtype: torch.dtype = tor
     return {kind: parameters * size / (ranks if kind in shared_out else 1) for kind, size in sizes.items()}
 
 
+def sent_bytes(name: str, *, summed: int, gathered: int, ranks: int, micro_batches: int = 1) -> float:
+    """Bytes that a rank sends in a step by each strategy, whatever else travels (the norm, flags) left out.
+
+    Args:
+        summed: bytes of all gradients as they travel.
+        gathered: bytes of all parameters as they travel.
+    """
+    part = (ranks - 1) / ranks
+    reduce, gather = part * summed, part * gathered
+    return {
+        "ddp": 2 * reduce,
+        "fsdp-grad": micro_batches * (gather + reduce),
+        "fsdp-full": micro_batches * (2 * gather + reduce),
+        "zero-1": 2 * reduce + gather,  # a reduce-scatter would do, DeepSpeed sums whole buckets
+        "zero-2": micro_batches * 2 * reduce + gather,
+        "zero-3": micro_batches * (2 * gather + reduce),
+        "zero-3-keep": micro_batches * (gather + reduce),
+    }[name]
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

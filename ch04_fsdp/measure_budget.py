@@ -10,17 +10,15 @@ You see     a row a cell: planned and measured MiB and the error; RESULT has the
 
 On a GPU the measure is the caching allocator's peak. A CPU has no such counter, but the kernel keeps a process's
 largest resident set (VmHWM). It is the truth if three things are seen to: glibc must give freed tensors back at once
-(MALLOC_MMAP_THRESHOLD_), every cell needs processes of its own, and what is not the model's (code pages, gloo's
+(resident.py), every cell needs processes of its own, and what is not the model's (code pages, gloo's
 connections, scratch space of the matrix library) must be there before the baseline is taken: a model of the same
 width with one layer trains a step first.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -30,18 +28,16 @@ import torch
 
 from ch01_intro import training
 from ch04_fsdp import model as models
-from ch04_fsdp import step, weights
+from ch04_fsdp import resident, step
 from ch04_fsdp.budget import budget
 from ch04_fsdp.setting import Setting
-from ch04_fsdp.sharding import Sharding, shard
+from ch04_fsdp.sharding import Sharding
 from common import dist, lm, profiling, ranks, script
 from common.logs import get_logger
 from common.script import UserError, at_least, comma_list
 
 log = get_logger()
 MIB = 2**20
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0",
-             "MALLOC_ARENA_MAX": "1"}  # fmt: skip
 MEASURED = ("micro_batch", "seq_len", "accumulate", "sync_each", "dtype", "recompute", "prefetch", "shard_ranks")
 PRESETS: dict[str, dict[str, Any]] = {  # where the memory is differs from one to the other
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 6,
@@ -120,13 +116,7 @@ class Cell:
 def train(config: Any, cell: Cell, ctx: dist.Context, steps: int) -> None:
     """Some steps on random tokens. The peak is that of the steps after the first, which makes the optimizer's state."""
     s, sharding = cell.setting, cell.sharding()
-    mesh = sharding.mesh(ctx.world_size, ctx.device)
-    model = weights.plan(config)
-    if s.strategy != "replicate":
-        shard(model, sharding, mesh)
-    weights.allocate(model, ctx.device)
-    weights.initialize(model, seed=0)
-    wrapped = shard(model, sharding, mesh) if s.strategy == "replicate" else model
+    wrapped = models.build(config, sharding, ctx, seq_len=s.seq_len)
     optimizer = training.make_optimizer(models.inner(wrapped), lr=1e-3)
     ids = torch.randint(config.vocab_size, (s.micro_batch, s.seq_len + 1), device=ctx.device)
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -140,13 +130,13 @@ def train(config: Any, cell: Cell, ctx: dist.Context, steps: int) -> None:
 
 def measure(cell: Cell) -> int:
     """On each rank: its peak in bytes over what the process held before there was a model."""
+    resident.return_at_once()
     with dist.session(cell.setting.device) as ctx:
         small, config = cell.config(), cell.config()
         small.num_hidden_layers = 1
         train(small, cell, ctx, steps=1)
         gc.collect()
-        if ctx.device.type == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)
+        resident.return_at_once()  # trims, too
         base = profiling.memory(ctx.device).current
         train(config, cell, ctx, steps=3)
         return profiling.memory(ctx.device).peak - base
@@ -185,7 +175,6 @@ def main(argv: list[str] | None = None) -> dict:
     device = dist.pick_device(args.device, dist.Launch("python")).type
     if device == "cpu" and not sys.platform.startswith("linux"):
         raise UserError("the peak of a CPU process is read from Linux's /proc; run this on Linux or on a GPU")
-    os.environ.update(ALLOCATOR)  # read by the C library of the processes that are started from here on
     ranks.forkserver.set_forkserver_preload(["ch04_fsdp.measure_budget", "torch._dynamo",
                                              "transformers.models.llama.modeling_llama"])  # fmt: skip
     rows: list[dict[str, Any]] = []

@@ -9,7 +9,6 @@ CPU  RLIMIT_DATA (man 2 getrlimit, Linux 4.7 and later): the private writable me
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 import resource
 import sys
@@ -19,11 +18,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from ch04_fsdp import resident
 from common import profiling
 from common.script import UserError
-
-# of glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 @contextlib.contextmanager
@@ -55,7 +52,7 @@ def limited(cap_bytes: float | None, device: torch.device) -> Iterator[None]:
             raise UserError(
                 f"a cap of {cap_bytes / 2**30:.2f} GiB is no limit on a machine of {total / 2**30:.1f} GiB; lower it"
             )
-        return_what_is_freed()
+        resident.return_at_once()
         before = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + int(cap_bytes), before[1]))
         try:
@@ -64,19 +61,6 @@ def limited(cap_bytes: float | None, device: torch.device) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, before)
     else:
         raise UserError("a memory cap on a CPU needs Linux (RLIMIT_DATA); run this there or in a container")
-
-
-def return_what_is_freed() -> None:
-    """Have malloc give a freed tensor back to the system at once, instead of keeping it for the next one.
-
-    Else the peak of the process would be that of its heap's holes. Costs page faults: not for a measurement of speed.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-        libc.mallopt(M_ARENA_MAX, 2)
-        libc.malloc_trim(0)
 
 
 def private_bytes() -> int:

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from ch01_intro import training
-from ch04_fsdp import disk, memory_cap, model, step, weights
+from ch04_fsdp import disk, memory_cap, model, resident, step, weights
 from ch04_fsdp.sharding import Sharding
 from common import data, dist, lm, process, ranks, script
 
@@ -104,7 +104,7 @@ def train(job: Job) -> dict[str, Any]:
         )
         _steps(replace(job, layers=1, hidden=64, steps=1, global_batch=ctx.world_size), blocks, ctx)
         gc.collect()
-        memory_cap.return_what_is_freed()
+        resident.return_at_once()
         peak, host_peak = memory_cap.Peak(ctx.device), memory_cap.Peak(torch.device("cpu"))
         with memory_cap.limited(job.cap_bytes, ctx.device):
             found = _steps(job, blocks, ctx)

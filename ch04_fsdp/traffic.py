@@ -25,18 +25,24 @@ import torch.distributed as td
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ch01_intro.collectives import all_gather_single, reduce_scatter_single
 from ch04_fsdp.sharding import Sharding, units
 
-KINDS = {  # by the operator's name: c10d's own, and those that DTensor calls
+KINDS = {  # by the operator's name: c10d's own (DeepSpeed calls the coalesced ones), and those that DTensor calls
     "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
     "all_gather_into_tensor": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
     "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
     "all_reduce": "all_reduce",
+    "broadcast_": "broadcast",
 }
 ROOT = "(root)"
 Units = dict[str, list[nn.Parameter]]
@@ -115,11 +121,12 @@ def expected(
 class Traffic(TorchDispatchMode):
     """Notes the collectives that this thread and its backward passes start while it is open."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
+        """model: to name the units of one under FSDP; its collectives of FSDP's are then called from here."""
         super().__init__()
         self.seen: list[Collective] = []
         self._unit = ""
-        for path, module in model.named_modules():
+        for path, module in model.named_modules() if model else ():
             if isinstance(module, FSDPModule):
                 named = _Named(self, path.removeprefix("model.") or ROOT)
                 module.set_custom_all_gather(named)  # type: ignore[arg-type]
@@ -136,12 +143,12 @@ class Traffic(TorchDispatchMode):
         ranks = _group(args).size()
         if ranks == 1:
             return  # nothing leaves
-        tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list) else [arg]) if torch.is_tensor(t)]
+        sides = [sum(t.nbytes for t in pytree.tree_leaves(side) if torch.is_tensor(t)) for side in args[:2]]
         in_backward = torch._C._current_graph_task_id() != -1
         phase = "backward" if in_backward else "forward" if kind == "all_gather" else "update"
         # A hybrid unit's all_reduce follows its reduce_scatter at once, and so has its name.
         unit = "" if phase == "update" else self._unit
-        self.seen.append(Collective(kind, unit, phase, max(t.nbytes for t in tensors), ranks))
+        self.seen.append(Collective(kind, unit, phase, max(sides), ranks))
 
 
 class _Named:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sysconfig
 import time
@@ -25,7 +24,7 @@ import torch
 
 from common.bootstrap import cache_dir
 from common.logs import get_logger
-from common.script import UserError
+from common.script import UserError, sync
 
 log = get_logger()
 FORMAT = 1  # part of every cache key: raise it when what is written changes
@@ -214,9 +213,7 @@ def _tokenize(source: Source, folder: Path, vocab_size: int, tokenizer_file: Pat
                         np.asarray(encoded.ids + ending, dtype=dtype).tofile(file)
         (partial / "meta.json").write_text(json.dumps({"vocab_size": vocab, "dtype": dtype, "source": source.name}))
         for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(path)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

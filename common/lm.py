@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.script import UserError, seed_everything
+from common.script import UserError, seed_everything, sync
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 3.7 M parameters: learns Python's shape on two CPU cores in minutes. Llama's 0.02 for the initial weights suits
@@ -165,9 +164,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def appear(partial: Path, folder: Path, old: Path) -> None:
     """Give a complete folder its name; the one that may have it now is set aside as `old` meanwhile."""
     for path in [*partial.iterdir(), partial]:  # on the disk before it is there by name
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

@@ -4,6 +4,8 @@ what chapter 2's ranks hold, and the scripts as a reader starts them."""
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +20,11 @@ from ch01_intro import memory, training
 from ch02_hardware_parallelism import model as ch02_model
 from ch02_hardware_parallelism.stages import Stage
 from ch02_hardware_parallelism.tensor_parallel import TensorParallel
-from ch04_fsdp import activations, plan_memory, recompute, step, weights
+from ch04_fsdp import activations, plan_memory, recompute, step
 from ch04_fsdp import model as models
 from ch04_fsdp.budget import budget
 from ch04_fsdp.setting import Setting, in_flight, layers_of, part
-from ch04_fsdp.sharding import Sharding, shard
+from ch04_fsdp.sharding import Sharding
 from ch04_fsdp.walk import Step
 from common import dist, lm, process, profiling
 from common.script import UserError
@@ -121,21 +123,32 @@ def test_formula_agrees_with_chapter_1():
 # ---------------------------------------------------------------- states and the step
 
 
+FOLLOWED_STEP, FOLLOWED_STEPS = "a step", 2
+
+
+def least_peak(path: Path) -> int:
+    """Bytes above what there was before: the most in a step, of the step that had least. gloo's threads let go of their
+    copies of what has travelled when they come to run, which on a busy machine is late: a peak may only be too high."""
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name") == FOLLOWED_STEP and event.get("cat") == "user_annotation"]
+    assert len(steps) == FOLLOWED_STEPS
+    moments, sizes = zip(*allocations(path), strict=True)
+    live = np.cumsum(sizes)
+    ends = [np.searchsorted(moments, [step["ts"], step["ts"] + step["dur"]]) for step in steps]
+    return min(int(live[begin:end].max()) for begin, end in ends)
+
+
 def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> list[dict[str, int]]:
     """What each cell holds between steps, and the most that it allocates in its third: by the profiler's events."""
     found = []
     with dist.session("cpu", threads=1) as ctx:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # gloo's threads, which are there, go first
         for number, (shape, options) in enumerate(cells):
             options = dict(options)
             accumulate, sync_each = options.pop("accumulate", 1), options.pop("sync_each", False)
             made, sharding = config(**shape), Sharding(**options)
-            model = weights.plan(made)
-            mesh = sharding.mesh(ctx.world_size, ctx.device)
-            if sharding.strategy != "replicate":
-                shard(model, sharding, mesh)
-            weights.allocate(model, ctx.device)
-            weights.initialize(model, 0)
-            wrapped = shard(model, sharding, mesh) if sharding.strategy == "replicate" else model
+            wrapped = models.build(made, sharding, ctx, seq_len=128)
+            model = models.inner(wrapped)
             optimizer = training.make_optimizer(model, 1e-3)
             data = batch(made, 4, 128)
 
@@ -150,15 +163,17 @@ def follow(cells: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> l
             held = models.held_bytes(models.inner(wrapped))
             path = Path(folder) / f"{ctx.rank}-{number}.json"
             with profiling.trace(path, ctx.device, memory=True):
-                one_step()
-            swing = np.cumsum([size for _, size in allocations(path)])
+                for _ in range(FOLLOWED_STEPS):
+                    with torch.profiler.record_function(FOLLOWED_STEP):
+                        one_step()
+            swing = least_peak(path)
             ddp = sharding.strategy == "replicate" and ctx.world_size > 1
             optimizer_bytes = sum(t.nbytes for t in local)
             buffers = sum(t.nbytes for t in model.buffers())
             buckets = held["parameters"] if ddp else 0
             between = held["parameters"] + optimizer_bytes + buffers + buckets
             found.append({"parameters": held["parameters"], "optimizer": optimizer_bytes, "buffers": buffers,
-                          "peak": between + int(swing.max())})  # fmt: skip
+                          "peak": between + swing})  # fmt: skip
     return found
 
 
@@ -178,15 +193,14 @@ FOLLOWED: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("count", FOLLOWED)
 def test_plan_equals_what_torch_allocates(count: int, tmp_path: Path):
-    """States to the byte; the peak of a step within 1 % of the allocator's, on two ranks within 8 %: gloo's threads let go
-    of their copies of what travels when they come to run."""
-    for number, found in enumerate(values(run_ranks(follow, count, FOLLOWED[count], str(tmp_path), timeout_s=90))[0]):
+    """States to the byte; the peak of a step within 1 % of the allocator's, on two ranks within 4 %."""
+    for number, found in enumerate(values(run_ranks(follow, count, FOLLOWED[count], str(tmp_path), timeout_s=200))[0]):
         shape, options = FOLLOWED[count][number]
         setting = Setting(ranks=count, micro_batch=4, seq_len=128, device="cpu", **({"dtype": torch.float32} | options))
         plan = budget(config(**shape), setting)
         for kind in ("parameters", "optimizer", "buffers"):
             assert plan.between[kind] == found[kind], (kind, options)
-        assert plan.peak == pytest.approx(found["peak"], rel=0.01 if count == 1 else 0.08), (
+        assert plan.peak == pytest.approx(found["peak"], rel=0.01 if count == 1 else 0.04), (
             options,
             plan.phase,
             plan.at_peak,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import IGNORE, Batch, StepBatch
 from ch04_fsdp import compare_report, compare_zero, contestants, zero_peers
-from ch04_fsdp import profiled_traffic as traffic
 from common import dist, lm
 from common.script import UserError
 from tests.spawn import run_ranks, values
@@ -111,7 +109,7 @@ def states_and_traffic() -> dict[str, Any]:
             one.backward(step)
             held = contestants.held_bytes(one)
             one.update()
-            found[name] = {"held": held, "calls": traffic.record(partial(contestants.train, one, step))}
+            found[name] = {"held": held, "calls": compare_zero.count(one, step)}
             one.close()
     return found
 
@@ -133,9 +131,9 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
             held, ideal = found[name]["held"], contestants.ideal_bytes(name, parameters, RANKS)
             for kind, promised in ideal.items():
                 assert 0.99 * promised <= held[kind] <= 1.1 * promised, (name, kind, held, promised)
-            sent = sum(call.wire_bytes(RANKS) for call in found[name]["calls"])
+            sent = sum(call.sent_bytes for call in found[name]["calls"])
             wanted = {
-                what: traffic.formula(what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS)
+                what: contestants.sent_bytes(what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS)
                 for what in contestants.NAMES
             }
             if name == "zero-3":  # it keeps what it uses again at once, the last layer and the tied head
@@ -144,9 +142,9 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
                 assert sent == pytest.approx(wanted[name], rel=0.02), (name, sent, wanted, found[name]["calls"])
         kinds = [call.kind for call in found["fsdp-full"]["calls"]]
         units = 2 + 1  # each layer, and the embedding with the tied head
-        assert kinds.count("all-gather") == 2 * units
-        assert kinds.count("reduce-scatter") == units
-        assert kinds.count("all-reduce") == 1, "the norm"
+        assert kinds.count("all_gather") == 2 * units
+        assert kinds.count("reduce_scatter") == units
+        assert kinds.count("all_reduce") == 1, "the norm"
 
 
 def test_the_comparison_sees_a_gradient_that_is_twice_too_large_or_missing() -> None:
