@@ -127,9 +127,8 @@ def test_every_option_computes_what_one_process_does(ranks: int) -> None:
     ]
     eager = [option for option in OPTIONS.values() if option is not Compiled]
     outcomes = harness.check(eager, cases, RaggedLlama(), timeout_s=280)
-    if ranks == 2:  # its variants take seconds each
-        outcomes += harness.check([Compiled], cases[::3], RaggedLlama(), timeout_s=280)
-    assert len(outcomes) == len(eager) * 4 + 2 * (ranks == 2)
+    outcomes += harness.check([Compiled], cases[::3], RaggedLlama(), timeout_s=280)  # its variants take seconds each
+    assert len(outcomes) == len(eager) * 4 + 2
     assert [o.diagnosis() for o in outcomes if not o.ok] == []
 
 
