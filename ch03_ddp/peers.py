@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,6 +214,10 @@ def forget_accelerate() -> None:
     All that are made in a process share theirs: the Trainer's would set the accumulation of the other loop to 1.
     """
     from accelerate import state
+
+    # It imports DeepSpeed (chapter 4's peer), whose log handler keeps the stdout of that moment; ours is for RESULT.
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module("deepspeed")
 
     state.GradientState._shared_state = {}
 
