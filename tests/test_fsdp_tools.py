@@ -265,7 +265,10 @@ def test_a_sharded_training_under_slurm(tmp_path: Path) -> None:
     env = {"NPROC_PER_NODE": "2", "SBATCH_OUTPUT": str(tmp_path / "job.out")}
     done = slurm_cluster.run(command, timeout_s=150, env=env)
     assert done.returncode == 0, done.stderr
-    (result,) = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    # a job whose torchrun spoke after it repeats its RESULT: the same line, last
+    (line,) = {line for line in done.stdout.splitlines() if line.startswith("RESULT ")}
+    assert done.stdout.splitlines()[-1] == line
+    result = json.loads(line[7:])
     assert (result["world_size"], result["steps"], result["strategy"]) == (4, 3, "hybrid")
     assert result["ranks_agree"]
     held = result["held_parameters_gib"] * 2**30
