@@ -233,12 +233,33 @@ def missing_for(need: str) -> str:
     if need == "slurm":
         lacking = [name for name in SLURM if not shutil.which(name, path=_system_path())]
         return f"{', '.join(lacking)} (make system-deps)" if lacking else ""
+    if need == "aio":
+        return "" if _compiles("#include <libaio.h>") else "g++ and libaio's header (make system-deps)"
     if need in PROGRAMS:
         return "" if shutil.which(PROGRAMS[need]) else f"{PROGRAMS[need]} (make system-deps)"
     if need in ENVIRONMENTS:
         return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
-    known = ["gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", *PROGRAMS, *sorted(ENVIRONMENTS)]
+    known = [
+        "gpu",
+        "gpus>=N",
+        "cores>=N",
+        "memory_gib>=N",
+        "root",
+        "netns",
+        "slurm",
+        "aio",
+        *PROGRAMS,
+        *sorted(ENVIRONMENTS),
+    ]
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
+
+
+def _compiles(source: str) -> bool:
+    """Whether there is a C++ compiler, and it finds what this line includes."""
+    if not shutil.which("g++"):
+        return False
+    command = ["g++", "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def _system_path() -> str:

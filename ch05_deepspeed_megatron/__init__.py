@@ -1,0 +1,1 @@
+"""Chapter 4: FSDP: models that do not fit, and the memory budget that predicts it."""
