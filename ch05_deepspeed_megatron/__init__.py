@@ -1,1 +1,1 @@
-"""Chapter 4: FSDP: models that do not fit, and the memory budget that predicts it."""
+"""Chapter 5: DeepSpeed and Megatron: ZeRO 1/2/3, offload, pipeline, MoE, and tensor parallelism at scale."""
