@@ -119,13 +119,18 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     A model that is too large for that is built inside deepspeed.zero.Init (chapter 5). DeepSpeed keeps the process
     groups that it finds first for as long as the process lives: one dist.session a process.
     """
-    deepspeed, launch = library(ctx.device), ctx.launch
-    os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
+    engine, *_ = join(ctx).initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def join(ctx: Context) -> ModuleType:
+    """The library, told of the ranks: it asks for torchrun's variables, which srun and python do not set."""
+    launch = ctx.launch
+    os.environ |= {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
         "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
+    return library(ctx.device)
 
 
 def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_size: int) -> torch.Tensor:
