@@ -37,12 +37,16 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.device | Non
     if disk.of(model) is None:
         model.to_empty(device=device)
     else:  # its parameters have their place in a file
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
+        allocate_buffers(model, device)
     if not isinstance(model, FSDPModule):  # each place of a tied parameter got memory of its own
         model.tie_weights()  # type: ignore[operator]
     initialize_buffers(model, compute or device)
+
+
+def allocate_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 @torch.no_grad()

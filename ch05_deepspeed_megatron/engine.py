@@ -5,8 +5,8 @@
     loss = zero_peers.backward(engine, batch.micro_batches, batch.tokens, ctx.world_size)
     norm = zero_peers.update(engine)
 
-Weights are drawn as in chapter 4, by seed and name alone: all stages, offloads and numbers of ranks start from the model
-that FSDP starts from.
+Weights are drawn as in chapter 4, by seed and name alone: each stage, on any number of ranks, starts from the model of
+FSDP.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
             _replace(unit, parameter, nn.Parameter(whole))
         made = zero.zero.Init(module=unit, config_dict_or_path=dict(settings), param_swapper=swapper)
         swapper = made.param_swapper
+    weights.allocate_buffers(model, ctx.device)
     weights.initialize_buffers(model, ctx.device)
 
 
