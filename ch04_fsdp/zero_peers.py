@@ -157,9 +157,13 @@ def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_siz
 
 
 def update(engine: Any) -> torch.Tensor:
-    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank."""
+    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank.
+
+    In stage 0 it is NaN: there DeepSpeed keeps it to itself.
+    """
     engine.step()
-    return torch.as_tensor(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(float("nan") if norm is None else norm)
 
 
 def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:

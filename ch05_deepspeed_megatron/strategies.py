@@ -1,4 +1,4 @@
-"""The training step of train_deepspeed.py as strategies of chapter 2's parity harness: ZeRO 0 to 3, and its options.
+"""The training step of train_deepspeed.py as strategies of chapter 2's parity harness: ZeRO 1 to 3, and its options.
 
 A name is the stage and what differs from configs/zeroN.json, as in zero-3+cpu or zero-2+overlap.
 """
@@ -33,7 +33,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 OPTIONS = [
-    "zero-0", "zero-1", "zero-2", "zero-3",
+    "zero-1", "zero-2", "zero-3",
     *(f"zero-{stage}+{more}" for stage in (1, 2) for more in ("overlap", "one-bucket", "all-reduce", "cpu")),
     *(f"zero-3+{more}" for more in ("overlap", "one-bucket", "whole", "free-at-once", "cpu", "cpu-params")),
 ]  # fmt: skip
@@ -87,13 +87,25 @@ class Zero(Strategy):
         """Done with the norm."""
 
 
-def option(name: str) -> type[Zero]:
+class Averaged:
+    """A planted fault: engine.backward divides by the micro-batches, as it does unless told otherwise."""
+
+    def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
+        right = self.zero.backward
+        self.zero.backward = lambda loss, **_: right(loss, scale_wrt_gas=True)
+        return super().backward(micro_batches)
+
+
+def option(name: str, *faults: type) -> type[Zero]:
     """The class of an option, under its own name in this module, so that other processes find it."""
-    if name not in globals():
+    known = "+".join([name, *(fault.__name__.lower() for fault in faults)])
+    if known not in globals():
         stage, *more = name.removeprefix("zero-").split("+")
-        globals()[name] = type(name, (Zero,), {"stage": int(stage), "more": tuple(more), "__module__": __name__})
-    return globals()[name]
+        body = {"stage": int(stage), "more": tuple(more), "__module__": __name__}
+        globals()[known] = type(known, (*faults, Zero), body)
+    return globals()[known]
 
 
 for _name in OPTIONS:
     option(_name)
+    option(_name, Averaged)
