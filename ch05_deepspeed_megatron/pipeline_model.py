@@ -17,6 +17,7 @@ DeepSpeed calls a parameter by the place of its layer (1.mlp.up_proj.weight), wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -155,7 +157,6 @@ def build(
         dynamic_shape: micro-batches may differ in shape, for one more message each.
     """
     from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     # It prints; and it broadcasts the tied weights themselves, which autograd would take for a part of the model.
@@ -166,8 +167,8 @@ def build(
             loss_fn=loss_fn,
             partition_method=partition,
             activation_checkpoint_interval=checkpoint_every,
-            # The other one asks for inputs with gradients, which a row of tokens has not: the embedding would not learn.
-            activation_checkpoint_func=non_reentrant_checkpoint,
+            # DeepSpeed's own needs inputs with gradients, which tokens have not: the embedding would not learn.
+            activation_checkpoint_func=functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False),
             dynamic_shape=dynamic_shape,
         )
     module.config = config
