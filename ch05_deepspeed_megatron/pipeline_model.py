@@ -91,6 +91,13 @@ def specs(config: Any, norm_type: type[nn.Module] | None = None) -> list[Any]:
     return [first, *layers, norm, head]
 
 
+def layer_parameters(config: Any) -> list[int]:
+    """Of each of the L + 3 layers; tied, the embedding counts in both of its places, as each stage holds a copy."""
+    layers, hidden, ends = config.num_hidden_layers, config.hidden_size, config.vocab_size * config.hidden_size
+    inside = lm.parameter_count(config) - hidden - ends * (1 if config.tie_word_embeddings else 2)
+    return [ends, *[inside // layers] * layers, hidden, ends]
+
+
 def split(config: Any, stages: int, partition: str) -> list[int]:
     """Where the stages begin and end among the L + 3 layers, as DeepSpeed cuts them; nothing is built.
 
@@ -101,7 +108,7 @@ def split(config: Any, stages: int, partition: str) -> list[int]:
     """
     from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
-    layers, vocab, hidden = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    layers = config.num_hidden_layers
     names = [
         "Embedding",
         *["DecoderLayer"] * layers,
@@ -114,10 +121,7 @@ def split(config: Any, stages: int, partition: str) -> list[int]:
     if method == "uniform":
         parts = partition_uniform(len(names), stages)
     elif method == "parameters":
-        whole = lm.parameter_count(config) - hidden - vocab * hidden * (1 if config.tie_word_embeddings else 2)
-        parts = partition_balanced(
-            [vocab * hidden, *[whole // layers] * layers, hidden, vocab * hidden], num_parts=stages
-        )
+        parts = partition_balanced(layer_parameters(config), num_parts=stages)
     elif method == "type" and pattern:
         try:
             found = [int(bool(re.search(pattern, name, re.IGNORECASE))) for name in names]
@@ -236,22 +240,30 @@ def load(module: Any, folder: Path) -> None:
         parameter.copy_(stored)
 
 
+def master(parameter: nn.Parameter) -> torch.Tensor:
+    """What the optimizer steps on: in bf16 and with ZeRO 1 a float32 copy, of which each data replica has a part."""
+    return parameter.get_full_hp_param() if hasattr(parameter, "_hp_mapping") else parameter.detach()  # type: ignore
+
+
 def whole_parameters(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter of the model, sorted by name, a tied one once: on the first stage of each data replica.
 
-    A collective over the pipeline: the other stages must go through it too, and get what they send themselves.
+    A collective: the other stages must go through it too, and get what they send themselves.
     """
     grid, own = module.mpu(), dict(named_parameters(module))
     first = grid.stage_to_global(0)
     names: list[Any] = [None] * grid.pipe_parallel_size
-    shapes = {name: (tuple(p.shape), p.dtype) for name, p in own.items()}
+    shapes = {
+        name: (tuple(p.shape), torch.float32 if hasattr(p, "_hp_mapping") else p.dtype) for name, p in own.items()
+    }
     dist.all_gather_object(names, shapes, grid.get_pipe_parallel_group())
     owner = {name: stage for stage in reversed(range(len(names))) for name in names[stage]}
     for name in sorted(owner):
         if owner[name] == grid.stage_id:
+            value = master(own[name])
             if grid.stage_id:
-                dist.send(own[name].detach().contiguous(), first)
-            yield name, own[name].detach()
+                dist.send(value.contiguous(), first)
+            yield name, value
         elif grid.stage_id == 0:
             shape, dtype = names[owner[name]][name]
             arrived = torch.empty(shape, dtype=dtype, device=next(module.parameters()).device)
@@ -272,8 +284,8 @@ def sha256(module: Any) -> str:
         if name == "model.embed_tokens.weight":
             tied.update(data)
     if module.config.tie_word_embeddings and grid.stage_id == grid.pipe_parallel_size - 1 > 0:
-        copy = dict(named_parameters(module))["model.embed_tokens.weight"]
-        tied.update(copy.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        copy = master(dict(named_parameters(module))["model.embed_tokens.weight"])
+        tied.update(copy.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     said: list[Any] = [None] * grid.pipe_parallel_size
     dist.all_gather_object(said, (digest.hexdigest(), tied.hexdigest()), grid.get_pipe_parallel_group())
     agree = not module.config.tie_word_embeddings or said[0][1] == said[-1][1]
