@@ -22,7 +22,7 @@ log = get_logger()
 
 
 class Keeper(checkpoints.Keeper):
-    """Saves to `folder`: the newest `keep` and the one of the lowest validation loss stay. Each call is a collective."""
+    """Saves to `folder`: the newest `keep` and the one of the lowest validation loss stay. All collectives."""
 
     def save(self, step: int, engine: Any, position: int, val_loss: float | None = None) -> None:  # type: ignore[override]
         """

@@ -6,8 +6,8 @@ Laptop      python -m ch05_deepspeed_megatron.pipeline_parity
 One         python -m ch05_deepspeed_megatron.pipeline_parity --option zero-1 --ranks 4 --every-case
 GPU node    torchrun --standalone --nproc-per-node=4 -m ch05_deepspeed_megatron.pipeline_parity
 Cluster     srun --ntasks=4 python -m ch05_deepspeed_megatron.pipeline_parity
-You see     chapter 2's table, a row an option: the largest relative error of any gradient, about 1e-6 (float32: DeepSpeed
-            refuses to sum float64); then each bug, planted, and what the harness says of it
+You see     chapter 2's table, a row an option: the largest relative error of any gradient, about 1e-6 (in float32:
+            DeepSpeed refuses to sum float64); then each bug, planted, and what the harness says of it
 
 Two ranks are two stages, four are two stages and two data replicas, or four stages. Rows are ragged. Compared are eight
 cases in which each two of accumulation 1 and 4, tied and untied, frozen and not, a whole last micro-batch and an uneven
