@@ -44,8 +44,8 @@ class Keeper(checkpoints.Keeper):
     def _own_files(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_file())[self.ctx.rank :: self.ctx.world_size]
 
-    def load(self, path: Path, engine: Any) -> tuple[int, int]:  # type: ignore[override]
-        """Fill the stage, the optimizer and this rank's random numbers. Returns the step, and the data's position.
+    def check(self, path: Path) -> dict[str, Any]:
+        """What the checkpoint says of itself; before anything is built.
 
         Raises:
             UserError: it is missing, corrupt, or of another run.
@@ -54,12 +54,16 @@ class Keeper(checkpoints.Keeper):
             raise UserError(f"no checkpoint of a pipeline at {path} (meta.json or layers missing); check --resume")
         if reason := self.fault(path):
             raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the one before it")
-        meta = json.loads((path / "meta.json").read_text())
+        meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
         for name, wanted in self.settings.items():
             if (had := meta["settings"].get(name)) != wanted:
                 raise UserError(
                     f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
                 )
+        return meta
+
+    def load(self, path: Path, meta: dict[str, Any], engine: Any) -> tuple[int, int]:  # type: ignore[override]
+        """Fill the stage, the optimizer and this rank's random numbers. Returns the step, and the data's position."""
         with torch.no_grad():  # it broadcasts the tied weights themselves
             engine.load_checkpoint(str(path.parent), tag=path.name)
         own = path / f"rng-{self.ctx.rank}.pt"

@@ -127,10 +127,11 @@ def main(argv: list[str] | None = None) -> dict:
         keeper = Keeper(out / "checkpoints", pipeline_options.settings(args, corpus, ctx), ctx, keep=args.keep)
         source = keeper.find(args)
         agree(ctx, source, keeper.settings | {"config": args.settings})
+        meta = keeper.check(source) if source else {}
         pipeline_options.check_memory(args, ctx)
         engine = build(args, ctx)
         script.seed_everything(args.seed + 1 + ctx.rank)
-        first, position = keeper.load(source, engine) if source else (0, 0)
+        first, position = keeper.load(source, meta, engine) if source else (0, 0)
         feed = open_feed(args, corpus, replica(ctx, engine), position)
         report = PipelineReport(args, corpus, ctx, out, first, source)
         report.engine = engine
