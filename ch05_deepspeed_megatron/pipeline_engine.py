@@ -35,8 +35,9 @@ from common.dist import Launch
 def join(device: torch.device, launch: Launch) -> ModuleType:
     """DeepSpeed, with torch's process group as its own. Once a process, before a module is built."""
     deepspeed = zero_peers.library(device)
+    local = device.index if device.type == "cuda" else launch.local_rank  # srun may show each rank a GPU 0 of its own
     os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
-        "RANK": str(launch.rank), "LOCAL_RANK": str(device.index or launch.local_rank),
+        "RANK": str(launch.rank), "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(launch.world_size), "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
     deepspeed.utils.logger.setLevel("WARNING")
