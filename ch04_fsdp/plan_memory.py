@@ -88,10 +88,12 @@ def extra_compute(config: Any, choice: str) -> float:
 
 def wire_bytes_per_token(config: Any, s: Setting) -> float:
     """What a rank sends for each of its tokens in a step: rings, (N-1)/N taken for 1 where there is more than one."""
-    count, p, tokens = part(config, s).total, s.weight, s.micro_batch * s.seq_len
+    here, p, tokens = part(config, s), s.weight, s.micro_batch * s.seq_len
+    count = here.total
     shards, copies = s.shards > 1, s.replicas > s.shards
     passes = s.accumulate if s.is_fsdp or s.strategy == "zero3" else 1  # gathered for each micro-batch
-    gathers = count * p * (2 if s.reshards else 1) * passes
+    again = here.layer * here.layers if s.is_fsdp else count  # FSDP: see traffic.expected
+    gathers = p * (count + again * s.reshards) * passes
     sent = {
         "replicate": 2 * 4 * count * (s.replicas > 1),
         "zero1": 3 * p * count * shards,  # an all-reduce, and the new weights

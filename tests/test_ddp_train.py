@@ -172,11 +172,25 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, in_background: bool) -> No
         state["model"]["w"].zero_()  # the next step, which must not reach into what is being written
     keeper.wait()
     assert [p.name for p in checkpoint.every(tmp_path)] == [f"step-{n:08d}" for n in (2, 5, 6)]
-    assert keeper.best == ("step-00000002", 3.0)
+    assert keeper.best_before(7) == ("step-00000002", 3.0)
     if in_background:
         found = checkpoints.newest_whole(tmp_path, {"a": 1})
         assert found is not None
         assert found[2]["model"]["w"].tolist() == [6.0] * 1000
+
+
+def test_a_resume_from_an_older_checkpoint_keeps_what_it_writes(tmp_path: Path) -> None:
+    first = checkpoints.Keeper(tmp_path, {}, keep=3, in_background=False)
+    for number, loss in ((4, 3.0), (8, 2.0), (12, 1.0)):
+        first.save(number, state_of(number), loss)
+    again = checkpoints.Keeper(tmp_path, {}, keep=2, in_background=False)  # from 4: 8 and 12 are of a course it left
+    told = []
+    for number, loss in ((5, 5.0), (6, 4.0), (7, 2.5)):
+        again.save(number, state_of(number), loss)
+        told.append([p.name[-2:] for p in checkpoint.every(tmp_path)])
+    assert told == [["04", "05"], ["05", "06"], ["06", "07"]], "the best of that course is none of this one"
+    assert again.best_before(8) == ("step-00000007", 2.5)
+    assert again.best_before(7)[0] == "", "it is being written anew"
 
 
 def test_a_full_disk_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,16 +17,16 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ch01_intro import training
+from ch01_intro import checkpoint, training
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import Case
-from ch04_fsdp import checkpoints, export, model, options, parity, step, weights
+from ch04_fsdp import checkpoints, export, model, options, parity, step, train_fsdp, weights
 from ch04_fsdp.shard_by_hand import FullShardByHand, GradShardByHand
 from ch04_fsdp.sharding import FSDP1_NAMES, STRATEGIES, Sharding, shard
 from ch04_fsdp.strategies import OPTIONS, RaggedLlama, Sharded, option
-from common import dist, lm
+from common import dist, lm, script
 from common.script import UserError
 from tests.inprocess import run_script
 from tests.spawn import run_ranks, values
@@ -327,6 +328,28 @@ def resumed(folder: str, source: str, strategy: str) -> tuple[tuple[int, int], l
         return keep.load(found, inner, optimizer), list(state_of(inner, optimizer))
 
 
+def gone_back(folder: str, source: str) -> list[tuple[list[str], str]]:
+    """Saved at 4, 8 and 12, gone back to 4, and saved at 5 and 6: what there is after each, and which is the best."""
+    with dist.session("cpu", threads=1) as ctx:
+        built = model.build(source, Sharding(), ctx, seq_len=32)
+        optimizer = training.make_optimizer(built, 1e-3)
+        trained(built, Sharding(), optimizer, ctx.world_size)
+        found = []
+        for keep, saves in ((3, ((4, 3.0), (8, 2.0), (12, 1.0))), (2, ((5, 4.0), (6, 4.5)))):
+            one = keeper(folder, ctx, keep=keep)
+            for number, loss in saves:
+                one.save(number, built, optimizer, position=number, val_loss=loss)
+                found.append(([path.name for path in checkpoint.every(Path(folder))], one.best_before(99)[0]))
+        return found
+
+
+def test_a_resume_from_an_older_checkpoint_keeps_what_it_writes(folders: dict[str, Path], tmp_path: Path) -> None:
+    [found] = values(run_ranks(gone_back, 1, str(tmp_path / "checkpoints"), str(folders["tied"])))
+    four, five, six, twelve = (f"step-{number:08d}" for number in (4, 5, 6, 12))
+    assert found[2][1] == twelve
+    assert found[3:] == [([four, five], five), ([five, six], five)], "8 and 12, the best, are of a course that was left"
+
+
 @pytest.mark.parametrize(("strategy", "in_background"), [("full", False), ("hybrid", True)])
 def test_saved_on_four_ranks_and_read_on_two_and_one(
     folders: dict[str, Path], tmp_path: Path, strategy: str, in_background: bool
@@ -448,6 +471,25 @@ def test_a_mistake_is_one_line(flags: str, says: str) -> None:
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert says in line
     assert "Traceback" not in done.stderr
+
+
+def train_into_its_own(folder: str) -> None:
+    argv = [*BRIEF, "--out", f"{folder}/{os.environ['RANK']}"]
+    script.run(lambda: train_fsdp.main([*argv, "--run-dir", f"{folder}/run"]))
+
+
+def test_an_out_that_is_not_shared_is_found_before_training(tmp_path: Path) -> None:
+    for rank in run_ranks(train_into_its_own, 2, str(tmp_path)):
+        assert rank.returncode == 2, rank.stderr
+        [line] = [line for line in rank.stderr.splitlines() if line.startswith("error")]
+        assert "rank 1 does not see in its --out what rank 0 writes to its own" in line
+        assert "Traceback" not in rank.stderr
+        assert "step" not in rank.stdout + rank.stderr
+    assert list((tmp_path / "0").iterdir()) == [], "the mark is gone"
+    (tmp_path / "file").touch()
+    for rank in run_on_ranks(TRAIN, 2, [*BRIEF, "--out", str(tmp_path / "file")]):
+        assert rank.returncode == 2
+        assert "rank 0 cannot write to" in rank.stderr
 
 
 def test_checkpoints_of_others_are_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
