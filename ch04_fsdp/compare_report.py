@@ -108,6 +108,22 @@ def result(
     return made
 
 
+def missed(result: dict[str, Any]) -> list[str]:
+    """What does not hold of what we say of DDP and FSDP: the same step, the share held, the bytes sent.
+
+    Speed is no such thing: it is measured, and differs from machine to machine.
+    """
+    wrong = [] if result["equal"] else ["the first step is not the same: this is not the same training"]
+    for name, f in result["contestants"].items():
+        if name.startswith("zero"):
+            continue
+        if not 0.99 < f["over_ideal"] < 1.1:
+            wrong.append(f"a rank of {name} holds {f['over_ideal']:.3f} times its share")
+        if not 0.98 < (ratio := f["sent_mib"] / f["formula_mib"]) < 1.02:
+            wrong.append(f"a rank of {name} sends {ratio:.3f} times the bytes of the formula")
+    return wrong
+
+
 def show(result: dict[str, Any]) -> None:
     every: dict[str, Figures] = result["contestants"]
     kinds = "  ".join(f"{kind:>10}" for kind in KINDS)

@@ -131,6 +131,8 @@ def test_a_plan_for_a_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.C
         inspect_shards.main([*flags, "--strategy", "hybrid", "--shard-ranks", "7"])
     with pytest.raises(script.UserError, match="belongs to a hybrid strategy; "):
         inspect_shards.main([*flags, "--strategy", "full", "--shard-ranks", "8"])
+    with pytest.raises(script.UserError, match="--ranks-a-node belongs to --plan: "):
+        inspect_shards.main([*flags[2:], "--strategy", "hybrid", "--ranks-a-node", "8"])
 
 
 # ---------------------------------------------------------------- memory

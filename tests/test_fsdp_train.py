@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,45 @@ def test_the_harness_sees_a_sum_and_a_wrong_norm() -> None:
     assert "2 times too large" in by_name["Summed"]
     assert by_name["OwnNorm"].startswith("grad-norm off")
     assert by_name["CountedTwice"].startswith("grad-norm off")
+
+
+def bf16_gradients() -> dict[str, tuple[float, float]]:
+    """By strategy: the smallest and the largest relative error of a parameter's gradient, of float32 in one process."""
+    with dist.session("cpu", threads=1) as ctx:
+        batches = [(TOKENS, TOKENS.roll(-1, 1)), (TOKENS.flip(0), TOKENS.roll(-3, 1))]
+        mine = [(x[ctx.rank :: ctx.world_size], y[ctx.rank :: ctx.world_size]) for x, y in batches]
+        count, found = 2 * TOKENS.numel(), {}
+        for name, dtype in (("float32", torch.float32), *((s, torch.bfloat16) for s in (*STRATEGIES, "summed"))):
+            strategy = name if name in STRATEGIES else "full"
+            sharding = Sharding(strategy, 1 if strategy.startswith("hybrid") else None, dtype)
+            built = lm.build(small(tie_word_embeddings=False), seed=1)
+            if name == "float32":
+                step.backward(built, batches, count, 1, Sharding("replicate"))
+                wanted = {name: p.grad for name, p in built.named_parameters()}
+                continue
+            wrapped = shard(built, sharding, sharding.mesh(ctx.world_size, ctx.device))
+            divided_by = ctx.world_size ** (
+                2 if name == "summed" else 1
+            )  # a sum over ranks that is no mean is so wrong
+            step.backward(wrapped, mine, count, divided_by, sharding)
+            errors = []
+            for parameter, gradient in ((n.removeprefix("module."), p.grad) for n, p in wrapped.named_parameters()):
+                whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                assert whole.dtype == torch.float32, "shards and their gradients stay float32"
+                errors.append(float((whole - wanted[parameter]).norm() / wanted[parameter].norm()))
+            found[name] = min(errors), max(errors)
+        return found
+
+
+def test_gradients_in_bf16_are_those_of_float32_but_for_rounding() -> None:
+    """bf16 has 8 bits of a number: half a unit in the last place is 0.2 %. Losses would not tell a factor of 2."""
+    for found in values(run_ranks(bf16_gradients, 2)):
+        smallest, _ = found.pop("summed")
+        assert smallest == pytest.approx(1, abs=0.03), "a planted factor of 2 is seen in every parameter"
+        assert sorted(found) == sorted(STRATEGIES)
+        for strategy, (smallest, largest) in found.items():
+            assert largest < 2e-2, strategy
+            assert smallest > 1e-4, f"{strategy}: this was not computed in 16 bits"
 
 
 def test_by_hand_computes_the_same_with_the_bytes_of_its_formula() -> None:
@@ -381,6 +421,34 @@ def test_saved_on_four_ranks_and_read_on_two_and_one(
     [(logits, _, _)] = values(run_ranks(loaded, 1, str(tmp_path / "hf"), "full"))
     with torch.no_grad():
         assert torch.equal(logits, exported(input_ids=TOKENS).logits)
+
+
+def killed_in_a_save(folder: str, source: str) -> None:
+    """Rank 1 gets SIGKILL in the background's second save: its part is written, and not yet known to be."""
+    with dist.session("cpu", threads=1) as ctx:
+        built = model.build(source, Sharding(), ctx, seq_len=32)
+        optimizer = training.make_optimizer(built, 1e-3)
+        keep = keeper(folder, ctx, in_background=True)
+        for number in (1, 2):
+            trained(built, Sharding(), optimizer, ctx.world_size)
+            if (number, ctx.rank) == (2, 1):
+                checkpoints._sha256 = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+            keep.save(number, built, optimizer, position=10 * number)
+            if number == 1:
+                keep.wait()
+        keep.wait()
+
+
+def test_a_kill_in_a_save_in_the_background_leaves_the_one_before(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, source = tmp_path / "checkpoints", str(folders["tied"])
+    ended = run_ranks(killed_in_a_save, 2, str(folder), source, timeout_s=60)
+    assert ended[1].returncode == -signal.SIGKILL, ended[1].stderr
+    assert ended[0].returncode not in (0, -signal.SIGKILL), "the other rank has noticed"
+    assert not ended[0].timed_out
+    assert sorted(path.name for path in folder.iterdir()) == [".step-00000002.partial", "step-00000001"]
+    assert list((folder / ".step-00000002.partial").glob("__1_*.distcp")), "it was killed in the save"
+    for start, _ in values(run_ranks(resumed, 2, str(folder), source, "full")):
+        assert start == (1, 10)
 
 
 # ---------------------------------------------------------------- the script and its mistakes

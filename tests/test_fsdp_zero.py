@@ -163,6 +163,26 @@ def test_the_comparison_sees_a_gradient_that_is_twice_too_large_or_missing() -> 
     assert min(missing.values()) == float("inf")
 
 
+def test_a_claim_that_is_missed_fails_and_speed_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {f"{kind}_mib": 1.0 for kind in (*compare_report.KINDS, "held", "ideal", "resident", "peak", "save")}
+    fine = kinds | {
+        "over_ideal": 1.0, "sent_mib": 4.0, "formula_mib": 4.0, "collectives": 3, "save_s": 0.1, "step_ms": 900.0,
+        "tokens_per_s": 1.0, "fsdp_over_it": 0.1, "fsdp_over_it_p25": 0.1, "fsdp_over_it_p75": 0.1, "apart": {},
+    }  # fmt: skip
+    every = {"ddp": fine, "fsdp-grad": fine, "zero-3": fine | {"over_ideal": 1.25, "sent_mib": 3.0}}
+    assert compare_report.missed({"equal": True, "contestants": every}) == [], "slow, but as it should be"
+    heavy, chatty = fine | {"over_ideal": 1.2}, fine | {"sent_mib": 5.0}
+    found = compare_report.missed({"equal": False, "contestants": {"ddp": chatty, "fsdp-full": heavy}})
+    assert [line.split(":")[0] for line in found] == [
+        "the first step is not the same", "a rank of ddp sends 1.250 times the bytes of the formula",
+        "a rank of fsdp-full holds 1.200 times its share",
+    ]  # fmt: skip
+    compare_report.show({"contestants": every})
+    said = capsys.readouterr().out
+    assert "ddp over it" in said, "the first, as FSDP in full does not run"
+    assert "fsdp-full" not in said
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
