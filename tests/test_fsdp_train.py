@@ -30,8 +30,7 @@ from ch04_fsdp.strategies import OPTIONS, RaggedLlama, Sharded, option
 from common import dist, lm, script
 from common.script import UserError
 from tests.inprocess import run_script
-from tests.spawn import run_ranks, values
-from tests.spawn import run_script as run_on_ranks
+from tests.spawn import fork_script, run_ranks, values
 
 TRAIN = "ch04_fsdp/train_fsdp.py"
 TOKENS = torch.arange(48).view(2, 24) * 7 % 128
@@ -474,7 +473,7 @@ def test_every_strategy_tells_the_same_story(tmp_path: Path) -> None:
     told = {}
     for strategy, *more in (["full"], ["grad", "--recompute", "ops"], ["replicate"]):
         out = tmp_path / strategy
-        ranks = run_on_ranks(
+        ranks = fork_script(
             TRAIN,
             2,
             [*BRIEF, "--dtype", "fp32", "--strategy", strategy, *more, "--global-batch", "8", "--out", str(out)],
@@ -511,7 +510,7 @@ def test_mixed_versions_of_torch_are_named() -> None:
     ],
 )
 def test_what_does_not_divide_is_one_line_on_every_rank(flags: str, says: str) -> None:
-    for rank in run_on_ranks(TRAIN, 2, [*BRIEF, *flags.split()]):
+    for rank in fork_script(TRAIN, 2, [*BRIEF, *flags.split()]):
         assert rank.returncode == 2
         lines = [line for line in rank.stderr.splitlines() if line.startswith("error")]
         assert len(lines) == 1, rank.stderr
@@ -555,7 +554,7 @@ def test_an_out_that_is_not_shared_is_found_before_training(tmp_path: Path) -> N
         assert "step" not in rank.stdout + rank.stderr
     assert list((tmp_path / "0").iterdir()) == [], "the mark is gone"
     (tmp_path / "file").touch()
-    for rank in run_on_ranks(TRAIN, 2, [*BRIEF, "--out", str(tmp_path / "file")]):
+    for rank in fork_script(TRAIN, 2, [*BRIEF, "--out", str(tmp_path / "file")]):
         assert rank.returncode == 2
         assert "rank 0 cannot write to" in rank.stderr
 
