@@ -107,10 +107,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=at_least(8), default=256)
     parser.add_argument("--heads", type=at_least(1), default=4)
     parser.add_argument("--vocab", type=at_least(2), default=64, help="small: the head belongs to one stage only")
-    parser.add_argument("--batch-size", type=at_least(1), default=2, help="sequences a micro-batch")
-    parser.add_argument("--seq-len", type=at_least(2), default=128)
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="sequences a micro-batch")
+    parser.add_argument("--seq-len", type=at_least(2), default=64)
     parser.add_argument("--micro-batches", type=comma_list(at_least(1)), default=[1, 2, 4, 8], help="comma separated")
-    parser.add_argument("--repeats", type=at_least(1), default=3, help="steps, of which the least disturbed counts")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="steps, of which the least disturbed counts")
     args = parser.parse_args(argv)
     ranks = dist.read_launch().world_size
     if ranks < 2:

@@ -136,16 +136,17 @@ class LossNotDivided(Pipeline):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.engine._backward_prologue_per_tensor = lambda gradient: gradient
+        count, last = self.engine.gradient_accumulation_steps, self.engine.is_last_stage()
+        self.engine._backward_prologue_per_tensor = lambda gradient: gradient * count() if last else gradient
 
 
 class DividedInEveryStage(Pipeline):
-    """DeepSpeed before its pull request 8154: each stage divided by micro-batches what the last one had divided."""
+    """DeepSpeed before its pull request 8154: each stage divided again what the last one had divided."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        engine = self.engine
-        engine._backward_prologue_per_tensor = lambda gradient: gradient / engine.gradient_accumulation_steps()
+        count, last = self.engine.gradient_accumulation_steps, self.engine.is_last_stage()
+        self.engine._backward_prologue_per_tensor = lambda gradient: gradient if last else gradient / count()
 
 
 class TiedNotSummed(Pipeline):
