@@ -27,6 +27,7 @@ import torch.distributed as td
 
 from ch02_hardware_parallelism.schedules import Op, bubble_formula, peak_live
 from ch02_hardware_parallelism.timeline import Event, bubble, busy_s, draw, span_s
+from ch04_fsdp import zero_peers
 from ch05_deepspeed_megatron import pipeline_engine, pipeline_model
 from common import dist, lm, script
 from common.logs import get_logger
@@ -132,7 +133,7 @@ def config_of(args: argparse.Namespace) -> Any:
 
 
 def build(args: argparse.Namespace, ctx: dist.Context) -> Any:
-    pipeline_engine.join(ctx.device, ctx.launch)
+    zero_peers.join(ctx.launch, ctx.device)
     module = pipeline_model.build(config_of(args), ctx.world_size, "type:decoderlayer")
     pipeline_model.initialize(module, args.seed)
     settings = {"train_micro_batch_size_per_gpu": args.batch_size, "steps_per_print": None}
