@@ -16,7 +16,6 @@ A preset is first made and saved as a folder, with random weights. Rank 0 alone 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import tempfile
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import nn
 from ch04_fsdp import export, weights
 from ch05_deepspeed_megatron import megatron_mapping as mapping
 from ch05_deepspeed_megatron import megatron_model, megatron_step
-from ch05_deepspeed_megatron.megatron_layout import Layout, checked
+from ch05_deepspeed_megatron.megatron_layout import Layout, add_layout_flags, checked
 from common import lm, script
 from common.dist import Context, read_launch, session
 from common.logs import get_logger
@@ -140,14 +139,6 @@ def logits(model: nn.Module, inputs: torch.Tensor, ctx: Context) -> torch.Tensor
             parts.append(torch.empty(shape, dtype=next(model.parameters()).dtype, device=ctx.device))
             dist.recv(parts[-1], owner)
     return torch.cat(parts, -1)
-
-
-def add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("layout")
-    group.add_argument("--tp", type=at_least(1), default=1, help="tensor parallel: ranks that share each matrix")
-    group.add_argument("--pp", type=at_least(1), default=1, help="pipeline parallel: stages of consecutive layers")
-    group.add_argument("--sequence-parallel", action="store_true", help="share the sequence out between the matrices, "
-                       "over the --tp ranks: less activation memory, no more bytes")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict:

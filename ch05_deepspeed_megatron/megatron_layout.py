@@ -12,6 +12,7 @@ arXiv:2104.04473, section 3).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 from ch05_deepspeed_megatron import megatron_shim
 from common import lm
 from common.dist import Context
-from common.script import UserError
+from common.script import UserError, at_least
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,11 @@ def checked(name: str, layout: Layout, world_size: int, seq_len: int) -> Any:
     config = lm.config(name, seq_len)
     layout.check(config, world_size, seq_len)
     return config
+
+
+def add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layout")
+    group.add_argument("--tp", type=at_least(1), default=1, help="tensor parallel: ranks that share each matrix")
+    group.add_argument("--pp", type=at_least(1), default=1, help="pipeline parallel: stages of consecutive layers")
+    group.add_argument("--sequence-parallel", action="store_true", help="share the sequence out between the matrices, "
+                       "over the --tp ranks: less activation memory, no more bytes")  # fmt: skip

@@ -116,10 +116,9 @@ def stage_of(name: str, config: Any, layout: Layout) -> int:
 def fill(model: nn.Module, ctx: Context, read: Callable[[str, int | None, int, int], torch.Tensor]) -> None:
     """Set each parameter of this rank from `read(name, dim, part, parts)`, a slice of a Hugging Face tensor."""
     layout = model.layout
-    part = ctx.rank % layout.tp
     parameters = dict(model.named_parameters())
     for name, rule in rules(model, layout.stage(ctx)).items():
-        parts = layout.tp if rule.dim is not None else 1
+        part, parts = (ctx.rank % layout.tp, layout.tp) if rule.dim is not None else (0, 1)
         slices = [read(theirs, rule.dim, part, parts) for theirs in rule.names]
         parameters[name].copy_(rule.join(slices))
 

@@ -180,3 +180,19 @@ def inner(model: nn.Module) -> nn.Module:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
+    """What this rank holds of the parameters, and of the optimizer's state with its float32 copies of weights."""
+    weights = {p.untyped_storage().data_ptr() for p in inner(model).parameters()}
+    states = [
+        tensor
+        for part in optimizer.chained_optimizers
+        for parameter, state in part.optimizer.state.items()
+        for tensor in (*state.values(), *([] if parameter.untyped_storage().data_ptr() in weights else [parameter]))
+        if torch.is_tensor(tensor) and tensor.dim()
+    ]
+    return {
+        "parameters": sum(p.numel() * p.element_size() for p in inner(model).parameters()),
+        "optimizer": sum(t.numel() * t.element_size() for t in states),
+    }

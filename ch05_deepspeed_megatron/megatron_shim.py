@@ -31,6 +31,7 @@ NAME_CUDA = {
     "optimizer": ("get_megatron_optimizer",),  # refuses parameters whose type() is not torch.cuda.FloatTensor
     "optimizer.clip_grads": ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"),  # sums and the same check
     "optimizer.optimizer": ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"),  # the names it imported them by
+    "optimizer.distrib_optimizer:DistributedOptimizer": ("sharded_state_dict",),  # shards on their way to one rank
     "models.common.language_module.language_module:LanguageModule": (
         "setup_embeddings_and_output_layer",  # moves a tied weight to CUDA before stages agree on it
     ),

@@ -43,10 +43,11 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[torch.Tens
 
 def even(micro_batches: Sequence[Batch], rows: int) -> list[Batch]:
     """Each filled up to `rows` sequences with some that have no targets: stages send tensors of one agreed shape."""
-    return [
-        (F.pad(inputs, (0, 0, 0, rows - len(inputs))), F.pad(targets, (0, 0, 0, rows - len(targets)), value=IGNORE))
-        for inputs, targets in micro_batches
-    ]
+    made = []
+    for inputs, targets in micro_batches:
+        more = (0, 0, 0, max(0, rows - len(inputs)))
+        made.append((F.pad(inputs, more), F.pad(targets, more, value=IGNORE)))
+    return made
 
 
 def run(model: nn.Module, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> torch.Tensor:
