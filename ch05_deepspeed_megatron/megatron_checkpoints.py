@@ -43,6 +43,37 @@ def sharded_state(model: nn.Module, optimizer: Any, *, is_loading: bool) -> dict
     return state
 
 
+def begin(optimizer: Any) -> None:
+    """Give AdamW the state that it would make in its first step: a load fills what is there, and Megatron-Core asserts
+    that torch's optimizer has a step, which its own of Transformer Engine counts elsewhere."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                    part.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """optimizer.load_state_dict, with the step that torch's AdamW counts; Megatron-Core 0.16.1 is made for another one.
+
+    Its distributed optimizer looks for a step among the tensors of each parameter, where it saved none: a KeyError. And
+    it gives all parameters one and the same counter, which AdamW then raises once a parameter: moments corrected for
+    the wrong step, and nobody is told.
+    """
+    for part in optimizer.chained_optimizers:
+        if put := getattr(part, "_set_main_param_and_optimizer_states", None):
+            held = part._get_main_param_and_optimizer_states
+            part._set_main_param_and_optimizer_states = lambda parameter, tensors, put=put, held=held: put(
+                parameter, {"step": held(parameter)["step"]} | tensors
+            )
+    optimizer.load_state_dict(state)
+    for part in optimizer.chained_optimizers:
+        vars(part).pop("_set_main_param_and_optimizer_states", None)
+        for own in part.optimizer.state.values():
+            own["step"] = own["step"].clone()
+
+
 def random_state() -> dict[str, Any]:
     """Chapter 1's, and Megatron's own streams for dropout on a GPU."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -108,13 +139,14 @@ class Keeper(fsdp_checkpoints.Keeper):
                 raise UserError(
                     f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
                 )
+        begin(optimizer)
         try:
             state = dist_checkpointing.load(sharded_state(model, optimizer, is_loading=True), str(path))
         except (CheckpointingException, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{path} does not fit this model ({reason}); it is of another one") from None
         inner(model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         own = path / f"rng-{self.ctx.rank}.pt"
         if own.exists() and meta["ranks"] == self.ctx.world_size:  # else each keeps the stream it was seeded with
             restore_random_state(torch.load(own, weights_only=True))

@@ -135,7 +135,6 @@ def wrap(
     distributed_optimizer: bool = True,
     overlap: bool = False,
     bucket_elements: int | None = None,
-    optimizer: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Megatron's DistributedDataParallel around the model, and its optimizer: AdamW as in chapter 1.
 
@@ -143,7 +142,6 @@ def wrap(
         distributed_optimizer: each data-parallel rank keeps the optimizer's state of its share of the weights (ZeRO-1).
         overlap: reduce the gradients while backward still runs.
         bucket_elements: that many gradients travel in a message (default: Megatron's, at least 40 million).
-        optimizer: other arguments for OptimizerConfig.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -163,12 +161,19 @@ def wrap(
         ),
         model,
     )
-    settings = {
-        "optimizer": "adam", "lr": lr, "min_lr": 0.0, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
-        "clip_grad": clip, "bf16": config.bf16, "params_dtype": config.params_dtype,
-        "use_distributed_optimizer": distributed_optimizer,
-    }  # fmt: skip
-    made = get_megatron_optimizer(OptimizerConfig(**settings | (optimizer or {})), [ddp], use_gloo_process_groups=False)
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=0.0,
+        weight_decay=0.1,  # of matrices; Megatron leaves out whatever has one dimension
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        clip_grad=clip,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    made = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = made.scale_loss
     config.no_sync_func = ddp.no_sync

@@ -24,8 +24,6 @@ from ch05_deepspeed_megatron.megatron_layout import Layout
 from common.dist import Context, read_launch
 from common.script import UserError
 
-SGD = {"optimizer": "sgd", "sgd_momentum": 0.9, "weight_decay": 0.0}  # as Problem.make_optimizer
-
 
 class RaggedLlama(ddp_strategies.RaggedLlama):
     """The same model and rows. Frozen are whole matrices of Megatron's: gate and up are one there, and share a fate."""
@@ -68,8 +66,11 @@ class Megatron(Strategy):
             mine[name].requires_grad = all(given[theirs].requires_grad for theirs in rule.names)
         self.ddp, self.optimizer = megatron_model.wrap(
             self.model, self.ctx, lr=0.1, clip=1e9, distributed_optimizer=self.zero1, overlap=self.overlap,
-            bucket_elements=2000, optimizer=SGD,
+            bucket_elements=2000,
         )  # fmt: skip
+        for part in self.optimizer.chained_optimizers:
+            # SGD, on the same shards: Megatron's distributed optimizer wants Adam, under which a gradient's scale is lost.
+            part.optimizer = make_optimizer([p for group in part.optimizer.param_groups for p in group["params"]])
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> dict:
     out = args.out or run.folder
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx, layout.groups(ctx):
-        keeper = Keeper(out / "checkpoints", fsdp_options.settings(args, corpus, ctx), ctx, keep=args.keep)
+        settings = fsdp_options.settings(args, corpus, ctx) | {"optimizer_states": args.optimizer_states}
+        keeper = Keeper(out / "checkpoints", settings, ctx, keep=args.keep)
         source = keeper.find(args)
         megatron_options.agree(args, ctx, source, keeper.settings)
         megatron_options.check_memory(args, config, layout, ctx)
