@@ -124,9 +124,6 @@ class Keeper(fsdp_checkpoints.Keeper):
         Raises:
             UserError: it is missing, corrupt, of another run or of another script.
         """
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-
         if not (path / "meta.json").exists():
             raise UserError(f"no checkpoint at {path} (meta.json is missing); check --resume")
         if reason := self.fault(path):
@@ -139,6 +136,9 @@ class Keeper(fsdp_checkpoints.Keeper):
                 raise UserError(
                     f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
                 )
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+
         begin(optimizer)
         try:
             state = dist_checkpointing.load(sharded_state(model, optimizer, is_loading=True), str(path))

@@ -45,6 +45,7 @@ class Rule:
     names: tuple[str, ...]  # Hugging Face's
     dim: int | None  # along which the tensor-parallel ranks have equal slices; None: each has the whole
     groups: int = 0  # key-value heads on this rank, for linear_qkv
+    head_rows: int = 0  # of one of them
 
     def join(self, slices: list[torch.Tensor]) -> torch.Tensor:
         """Megatron's tensor from this rank's slices of Hugging Face's."""
@@ -57,12 +58,10 @@ class Rule:
         """The way back."""
         if self.groups:
             by_group = tensor.unflatten(0, (self.groups, -1))
-            head = self._head_rows
+            head = self.head_rows
             parts = by_group.split([by_group.shape[1] - 2 * head, head, head], 1)
             return [part.flatten(0, 1) for part in parts]
         return list(tensor.chunk(len(self.names))) if len(self.names) > 1 else [tensor]
-
-    _head_rows: int = 0
 
 
 def rules(model: nn.Module, stage: int) -> dict[str, Rule]:

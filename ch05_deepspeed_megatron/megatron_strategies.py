@@ -69,7 +69,7 @@ class Megatron(Strategy):
             bucket_elements=2000,
         )  # fmt: skip
         for part in self.optimizer.chained_optimizers:
-            # SGD, on the same shards: Megatron's distributed optimizer wants Adam, under which a gradient's scale is lost.
+            # SGD, on the same shards: the distributed optimizer wants Adam, under which a gradient's scale is lost.
             part.optimizer = make_optimizer([p for group in part.optimizer.param_groups for p in group["params"]])
 
     @classmethod
