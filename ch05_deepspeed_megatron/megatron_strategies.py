@@ -70,7 +70,10 @@ class Megatron(Strategy):
         )  # fmt: skip
         for part in self.optimizer.chained_optimizers:
             # SGD, on the same shards: the distributed optimizer wants Adam, under which a gradient's scale is lost.
-            part.optimizer = make_optimizer([p for group in part.optimizer.param_groups for p in group["params"]])
+            # Those are views of weights, which an optimizer takes only once it is made; Megatron does it so, too.
+            shards = [shard for group in part.optimizer.param_groups for shard in group["params"]]
+            part.optimizer = make_optimizer([nn.Parameter(torch.empty(0))])
+            part.optimizer.param_groups[0]["params"] = shards
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]
