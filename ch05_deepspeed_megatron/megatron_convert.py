@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
         if lm.is_preset(args.preset):
             source = shared / "made"
             if ctx.is_main:
-                lm.build(config, seed=args.seed).save_pretrained(source)
+                export.write_folder(source, config, None, lm.build(config, seed=args.seed).named_parameters())
             ctx.barrier("preset made")
         model = megatron_model.build(config, layout, ctx)
         read = load(model, source, ctx)

@@ -77,8 +77,9 @@ class Layout:
             raise UserError("this Llama has biases in its matrices, which are not mapped here; take one without")
 
     @contextlib.contextmanager
-    def groups(self, ctx: Context) -> Iterator[None]:
-        """Megatron's process groups of this layout, in parallel_state. One layout at a time."""
+    def groups(self, ctx: Context, seed: int = 1) -> Iterator[None]:
+        """Megatron's process groups of this layout, in parallel_state, and, on a GPU, its streams of random numbers
+        for dropout, from `seed`. One layout at a time."""
         megatron_shim.install(ctx.device)
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -87,7 +88,7 @@ class Layout:
             self.tp, self.pp, create_gloo_process_groups=False,
             distributed_timeout_minutes=timedelta(seconds=ctx.timeout_s) // timedelta(minutes=1) or 1,
         )  # fmt: skip
-        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         try:
             yield
         finally:

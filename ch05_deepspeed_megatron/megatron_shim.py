@@ -82,7 +82,8 @@ def install(device: torch.device) -> None:
     for quiet in ("megatron.core", "torch.distributed.checkpoint"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     # It calls collectives by the names that they had before torch 2.13, once a message.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
     warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)  # of its own default
     if device.type == "cpu":
         warnings.filterwarnings("ignore", ".*CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)  # the queues of a GPU

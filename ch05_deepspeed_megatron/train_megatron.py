@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     out = args.out or run.folder
     corpus = training.load_corpus(args)
-    with dist.session(args.device, threads=args.threads) as ctx, layout.groups(ctx):
+    with dist.session(args.device, threads=args.threads) as ctx, layout.groups(ctx, args.seed + 1):
         settings = fsdp_options.settings(args, corpus, ctx) | {"optimizer_states": args.optimizer_states}
         keeper = Keeper(out / "checkpoints", settings, ctx, keep=args.keep)
         source = keeper.find(args)
