@@ -44,6 +44,7 @@ class Megatron(Strategy):
 
     layout = Layout()
     zero1 = overlap = False
+    per_token = True  # the loss is a mean over all tokens
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         self.comm = comm
@@ -64,6 +65,7 @@ class Megatron(Strategy):
         mine = dict(self.model.named_parameters())
         for name, rule in self.rules().items():
             mine[name].requires_grad = all(given[theirs].requires_grad for theirs in rule.names)
+        self.model.config.calculate_per_token_loss = self.per_token
         self.ddp, self.optimizer = megatron_model.wrap(
             self.model, self.ctx, lr=0.1, clip=1e9, distributed_optimizer=self.zero1, overlap=self.overlap,
             bucket_elements=2000,
@@ -166,9 +168,7 @@ class MeansOfMeans(Megatron):
     """Planted: each replica's micro-batches are divided by its own number of tokens, the mean of those by their number,
     as Megatron does by default."""
 
-    def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
-        super().__init__(model, comm, make_optimizer)
-        self.model.config.calculate_per_token_loss = False
+    per_token = False
 
 
 PLANTED = {"norms-not-summed": SkipsNorms, "tied-not-summed": SkipsTiedEmbedding, "mean-of-means": MeansOfMeans}
