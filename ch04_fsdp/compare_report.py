@@ -36,6 +36,13 @@ def of(
     """What one contestant holds, sends and saves, in MiB and seconds. `weighed` is empty on ranks other than 0."""
     ranks, ideal = job.ctx.world_size, contestants.ideal_bytes(name, parameters, job.ctx.world_size, job.dtype)
     gathered = 4 if job.dtype == torch.float32 else 2
+    if name in contestants.MORE:
+        formula = contestants.MORE[name].sent_bytes(job, parameters)
+    else:
+        formula = contestants.sent_bytes(
+            name, summed=4 * parameters, gathered=gathered * parameters, ranks=ranks, micro_batches=job.micro_batches,
+            again=gathered * contestants.gathered_again(job.config),
+        )  # fmt: skip
     held = sum(weighed.get(kind, 0) for kind in KINDS)
     return {
         "held_mib": held / MIB,
@@ -46,10 +53,7 @@ def of(
         "peak_mib": weighed.get("peak", 0) / MIB,
         "collectives": len(sent),
         "sent_mib": sum(call.sent_bytes for call in sent) / MIB,
-        "formula_mib": contestants.sent_bytes(
-            name, summed=4 * parameters, gathered=gathered * parameters, ranks=ranks, micro_batches=job.micro_batches,
-            again=gathered * contestants.gathered_again(job.config),
-        ) / MIB,
+        "formula_mib": formula / MIB,
         **saved,
     }  # fmt: skip
 

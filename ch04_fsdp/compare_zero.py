@@ -28,6 +28,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ WARM_UP = 2  # steps of each start
 def weigh(name: str, job: Job, batch: StepBatch) -> dict[str, int]:
     """Bytes of this rank over those of a tiny model's training: held by kind and in all, and the peak of a step."""
     device = job.ctx.device
-    tiny = narrowed(copy.deepcopy(job.config), 64)
+    tiny = narrowed(copy.deepcopy(job.config), 64 * job.ctx.world_size)  # a head a rank
     tiny.num_hidden_layers = 1
     first = contestants.build(name, dataclasses.replace(job, config=tiny))
     for _ in range(WARM_UP):  # whatever is loaded or set up at first use
@@ -84,7 +85,7 @@ def weigh_alone(name: str, args: argparse.Namespace, ctx: dist.Context, folder: 
         "LOCAL_WORLD_SIZE": str(launch.local_world_size), "MASTER_ADDR": launch.address, "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # fmt: skip
-    command = [sys.executable, __file__, *args.argv, "--only", name, "--run-dir", str(folder / f"alone-{name}")]
+    command = [sys.executable, args.script, *args.argv, "--only", name, "--run-dir", str(folder / f"alone-{name}")]
     done = process.run(command, timeout_s=args.timeout_s, env=variables)
     failed = "" if done.returncode == 0 else done.reason(args.timeout_s)
     if failed := next(filter(None, ctx.exchange("weighed", failed)), ""):
@@ -224,10 +225,10 @@ def narrowed(config: Any, width: int) -> Any:
     return config
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = script.parser(__doc__)
-    names = ", ".join(contestants.NAMES)
-    parser.add_argument("--contestants", type=script.comma_list(str), default=list(contestants.NAMES), help=names)
+def parse(doc: str | None, argv: list[str] | None, default: Sequence[str]) -> argparse.Namespace:
+    parser = script.parser(doc)
+    names = ", ".join((*contestants.NAMES, *contestants.MORE))
+    parser.add_argument("--contestants", type=script.comma_list(str), default=list(default), help=names)
     parser.add_argument("--only", help="weigh this one alone, and nothing else")
     parser.add_argument("--starts", type=script.at_least(1), default=2, help="build all anew so many times")
     parser.add_argument("--rounds", type=script.at_least(1), default=5, help="of each start")
@@ -254,8 +255,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    run = script.start(__file__, args)
+    return compare_all(__doc__, __file__, argv, contestants.NAMES)
+
+
+def compare_all(doc: str | None, file: str, argv: list[str] | None, default: Sequence[str]) -> dict:
+    """The whole comparison, for the script `file`, which is started again for each contestant alone."""
+    args = parse(doc, argv, default)
+    args.script = file
+    run = script.start(file, args)
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx:
         if args.save_to is None and ctx.launch.local_world_size < ctx.world_size:
@@ -264,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise script.UserError("one rank has nothing to share out; start it with torchrun --nproc-per-node=2")
         job = Job(
             shape(args), ctx, args.batch_size, args.accumulation, lr=args.lr, dtype=training.DTYPES[args.dtype],
-            seed=args.seed,
+            seed=args.seed, seq_len=args.seq_len,
         )  # fmt: skip
         sequences = args.batch_size * args.accumulation * ctx.world_size
         documents = Documents(corpus.train, corpus.tokenizer().eos_token_id, args.seq_len)

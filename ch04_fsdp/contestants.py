@@ -48,6 +48,7 @@ class Job:
     max_norm: float = 1.0
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    seq_len: int = 128
 
     def model(self) -> nn.Module:
         model = lm.build(self.config, self.ctx.device, seed=self.seed)
@@ -140,6 +141,7 @@ class Zero:
 
 
 Contestant = Torch | Zero
+MORE: dict[str, Any] = {}  # those that a later chapter brings along: classes with what the functions below ask for
 
 
 def build(name: str, job: Job) -> Contestant:
@@ -148,14 +150,16 @@ def build(name: str, job: Job) -> Contestant:
         UserError: no contestant of that name.
     """
     check([name])
+    if name in MORE:
+        return MORE[name](job)
     if name.startswith("zero-"):
         return Zero(job, int(name[5]), keep=name.endswith("-keep"))
     return Torch(job, "replicate" if name == "ddp" else name.removeprefix("fsdp-"))
 
 
 def check(names: Sequence[str]) -> None:
-    if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"no contestant {unknown[0]!r}; of {', '.join(NAMES)}")
+    if unknown := [name for name in names if name not in (*NAMES, *MORE)]:
+        raise UserError(f"no contestant {unknown[0]!r}; of {', '.join((*NAMES, *MORE))}")
 
 
 def train(contestant: Contestant, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,6 +183,8 @@ def held_bytes(contestant: Contestant) -> dict[str, int]:
 
 def ideal_bytes(name: str, parameters: int, ranks: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """What the strategy promises a rank to hold, by kind. dtype: of the matrix products."""
+    if name in MORE:
+        return MORE[name].ideal_bytes(parameters, ranks, dtype)
     sizes = ZERO_BF16 if name.startswith("zero") and dtype == torch.bfloat16 else BYTES_AN_ELEMENT
     shared_out = (*SHARDED[name], "master")
     return {kind: parameters * size / (ranks if kind in shared_out else 1) for kind, size in sizes.items()}

@@ -131,6 +131,34 @@ def slices_here(model: nn.Module, ctx: Context, of: Callable[[nn.Parameter], tor
                 yield theirs, piece, rule.dim
 
 
+def whole_here(model: nn.Module, ctx: Context, of: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole tensor for the parameters of this rank's stage, put together from the tensor-parallel ranks.
+
+    Args:
+        of: which attribute of a parameter: "data" or "main_grad".
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, piece, dim in slices_here(model, ctx, lambda p: getattr(p, of, None)):
+        pieces = [torch.empty_like(piece) for _ in range(model.layout.tp)]
+        dist.all_gather(pieces, piece.contiguous(), group=group)
+        # What each rank has whole is shown as this rank has it: a copy that went astray shows.
+        yield name, torch.cat(pieces, dim) if dim is not None else piece.clone()
+
+
+def gather_gradients(ddp: nn.Module) -> None:
+    """After a reduce-scatter each replica has its share of the sums: fetch the others' too, which no step needs."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.chunk(size))
+            dist.all_gather(shards, shards[rank].clone(), group=group)
+
+
 @torch.no_grad()
 def whole_tensors(model: nn.Module, ctx: Context, order: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole value of one Hugging Face tensor after another, on rank 0: nobody else has more than its shards.

@@ -99,36 +99,13 @@ class Megatron(Strategy):
         self.comm.all_reduce(loss)
         return loss
 
-    def whole(self, of: str) -> dict[str, torch.Tensor]:
-        """Of the parameters on this stage, by Hugging Face's names, put together from the tensor-parallel ranks."""
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_tensor_model_parallel_group()
-        found = {}
-        for name, piece, dim in mapping.slices_here(self.model, self.ctx, lambda p: getattr(p, of, None)):
-            pieces = [torch.empty_like(piece) for _ in range(self.layout.tp)]
-            torch.distributed.all_gather(pieces, piece.contiguous(), group=group)
-            # What each rank has whole is shown as this rank has it: a copy that went astray shows.
-            found[name] = torch.cat(pieces, dim) if dim is not None else piece.clone()
-        return found
-
     def gradients(self) -> dict[str, torch.Tensor]:
         if self.zero1:
-            self.gather_gradients()
-        return self.whole("main_grad")
-
-    def gather_gradients(self) -> None:
-        """After a reduce-scatter each replica has its share of the sums: fetch the others' too, which no step needs."""
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_data_parallel_group()
-        for buffer in self.ddp.buffers:
-            for bucket in buffer.buckets:
-                shards = list(bucket.grad_data.chunk(self.replica.world_size))
-                torch.distributed.all_gather(shards, shards[self.replica.rank].clone(), group=group)
+            mapping.gather_gradients(self.ddp)
+        return dict(mapping.whole_here(self.model, self.ctx, "main_grad"))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return self.whole("data")
+        return dict(mapping.whole_here(self.model, self.ctx, "data"))
 
     def grad_norm(self) -> torch.Tensor:
         """As the optimizer's own step finds it, to clip by."""
