@@ -123,7 +123,23 @@ def build(
         **rope(config),
     )
     model.hf_config, model.layout = config, layout
+    mark_shards(model)
     return model.to(ctx.device)
+
+
+def mark_shards(model: nn.Module) -> None:
+    """Say of each weight that is cut over the tensor-parallel ranks that it is. Megatron does so where it draws initial
+    values, which here come from elsewhere; without the mark the norm of the gradients counts the first rank's alone."""
+    from megatron.core import tensor_parallel
+
+    cut = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        if type(module) in cut and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, cut[type(module)], 1)
 
 
 def wrap(
