@@ -190,6 +190,9 @@ def wrap(
         use_distributed_optimizer=distributed_optimizer,
     )
     made = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
+    for part in made.chained_optimizers:
+        for group in part.optimizer.param_groups:  # what else its scheduler would do, step by step: norms do not decay
+            group["weight_decay"] *= group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = made.scale_loss
     config.no_sync_func = ddp.no_sync
