@@ -80,7 +80,8 @@ def step(engine: Any, micro_batches: Sequence[Batch], tokens: int) -> torch.Tens
     Returns:
         The mean loss over all tokens, 0-d, on every rank.
     """
-    return engine.train_batch(labelled(micro_batches, tokens, engine.dp_world_size))
+    loss = engine.train_batch(labelled(micro_batches, tokens, engine.dp_world_size))
+    return loss.float()  # the last stage has it as the loss function made it, the others in float32
 
 
 def evaluate(engine: Any, micro_batches: Sequence[Batch], tokens: int) -> float:
