@@ -73,6 +73,7 @@ class Recorder:
 
         self.engine = engine
         self.events: list[Event] = []
+        self.losses: dict[int, torch.Tensor] = {}
         self.own_schedule = engine._train_schedule
         engine._INSTRUCTION_MAP = dict(engine._INSTRUCTION_MAP)
         for instruction, kind in ((ds.ForwardPass, "forward"), (ds.BackwardPass, "backward")):
@@ -80,9 +81,13 @@ class Recorder:
             engine._INSTRUCTION_MAP[instruction] = self._timed(does, kind)
 
     def _timed(self, does: Callable[..., None], kind: str) -> Callable[..., None]:
-        def timed(engine: Any, **given: Any) -> None:
+        def timed(engine: Any, buffer_id: int) -> None:
+            if kind == "backward":
+                engine.loss = self.losses.pop(buffer_id)
             begin = self.clock()
-            does(engine, **given)
+            does(engine, buffer_id)
+            if kind == "forward":
+                self.losses[buffer_id] = engine.loss  # the engine keeps one alone, enough for 1F1B and not for GPipe
             self.events.append(Event(begin, self.clock(), kind, sum(e.kind == kind for e in self.events)))
 
         return timed

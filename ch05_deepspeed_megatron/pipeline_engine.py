@@ -43,9 +43,9 @@ def divisor(tokens: int, micro_batches: int, replicas: int) -> float:
     return tokens / (micro_batches * replicas)
 
 
-def labelled(micro_batches: Sequence[Batch], tokens: int, replicas: int, count: int | None = None) -> Iterator[Any]:
+def labelled(micro_batches: Sequence[Batch], tokens: int, replicas: int) -> Iterator[Any]:
     """What the engine takes from its iterator: inputs for the first stage, targets and divisor for the last."""
-    by = torch.tensor(divisor(tokens, count or len(micro_batches), replicas), dtype=torch.float64)
+    by = torch.tensor(divisor(tokens, len(micro_batches), replicas), dtype=torch.float64)
     for inputs, targets in micro_batches:
         yield inputs, (targets, by)
 
@@ -60,7 +60,8 @@ def step(engine: Any, micro_batches: Sequence[Batch], tokens: int) -> torch.Tens
     Returns:
         The mean loss over all tokens, 0-d, on every rank.
     """
-    return engine.train_batch(labelled(micro_batches, tokens, engine.dp_world_size))
+    loss = engine.train_batch(labelled(micro_batches, tokens, engine.dp_world_size))
+    return loss.float()  # the last stage has it as the loss function made it, the others in float32
 
 
 def evaluate(engine: Any, micro_batches: Sequence[Batch], tokens: int) -> float:

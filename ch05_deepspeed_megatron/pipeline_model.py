@@ -11,7 +11,7 @@ A pipeline is a list of layers, each fed with what the one before returns. Of L 
     L + 1      the norm                model.norm.weight
     L + 2      the head                lm_head.weight; tied: the embedding once more, as a second copy
 
-DeepSpeed calls a parameter by the place of its layer (1.mlp.up_proj.weight), whichever stage it is in.
+DeepSpeed calls a parameter by the place of its layer (1.layer.mlp.up_proj.weight), whichever stage it is in.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ch03_ddp.feed import IGNORE
 from ch04_fsdp import weights
@@ -43,17 +42,20 @@ TIED = "tied_modules.embedding"  # where DeepSpeed keeps a layer that several st
 Labels = tuple[torch.Tensor, torch.Tensor]  # targets, int64 [b, t]; what their sum of losses is divided by, 0-d
 
 
-class DecoderLayer(LlamaDecoderLayer):
+class DecoderLayer(nn.Module):
     """transformers' layer as a pipeline wants it: hidden states in, hidden states out, nothing else travels."""
 
     def __init__(self, config: Any, index: int, rotary: nn.Module, norm: Any) -> None:
-        super().__init__(config, index)
-        self.rotary = rotary  # no parameters: each layer asks it anew instead of being sent the angles
-        self.input_layernorm, self.post_attention_layernorm = norm.build(), norm.build()
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        super().__init__()
+        self.layer = LlamaDecoderLayer(config, index)
+        self.layer.input_layernorm, self.layer.post_attention_layernorm = norm.build(), norm.build()
+        self.rotary = rotary  # no parameters: each layer asks it anew instead of being sent the angles
+
+    def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)[None]
-        return super().forward(hidden_btd, position_embeddings=self.rotary(hidden_btd, positions))
+        return self.layer(hidden_btd, position_embeddings=self.rotary(hidden_btd, positions))
 
 
 def tied_head(embedding: nn.Module, hidden_btd: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,7 @@ def specs(config: Any, norm_type: type[nn.Module] | None = None) -> list[Any]:
         norm_type: another norm than transformers' (which goes through float32).
     """
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
     config._attn_implementation = "sdpa"  # a layer by itself would take the slow one
     size = (config.vocab_size, config.hidden_size)
@@ -183,14 +186,15 @@ def build(
 def hf_name(name: str, layers: int) -> str:
     """A parameter's name in the Hugging Face model of so many decoder layers.
 
-    >>> hf_name("1.mlp.up_proj.weight", 4), hf_name("tied_modules.embedding.weight", 4), hf_name("5.weight", 4)
+    >>> hf_name("1.layer.mlp.up_proj.weight", 4), hf_name("tied_modules.embedding.weight", 4), hf_name("5.weight", 4)
     ('model.layers.0.mlp.up_proj.weight', 'model.embed_tokens.weight', 'model.norm.weight')
     """
     if name == f"{TIED}.weight":
         return "model.embed_tokens.weight"
     place, rest = name.split(".", 1)
     whole = {0: "model.embed_tokens", layers + 1: "model.norm", layers + 2: "lm_head"}
-    return f"{whole.get(int(place), f'model.layers.{int(place) - 1}')}.{rest}"
+    inside = f"model.layers.{int(place) - 1}"
+    return f"{whole.get(int(place), inside)}.{rest.removeprefix('layer.')}"
 
 
 def named_parameters(module: Any) -> list[tuple[str, nn.Parameter]]:
