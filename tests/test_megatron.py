@@ -169,13 +169,14 @@ def test_gradients_are_those_of_one_process(four: tuple[Path, Any], two: tuple[P
 
 def test_planted_faults_are_named(two: tuple[Path, Any]) -> None:
     found = {o.strategy: o for o in two[1]["gradients"] if o.case.accumulation == 4}
-    norms, tied, means = (found[name] for name in FAULTS)
+    norms, tied, means, shards = (found[name] for name in FAULTS)
     assert sorted(norms.wrong) == sorted(
         ["model.norm.weight"]
         + [f"model.layers.{n}.{kind}_layernorm.weight" for n in (0, 1) for kind in ("input", "post_attention")]
     ), norms.diagnosis()
     assert tied.wrong == ("model.embed_tokens.weight",), tied.diagnosis()
     assert len(means.wrong) > 10, means.diagnosis()
+    assert shards.failures == ["norm"], shards.diagnosis()
 
 
 def losses(folder: Path) -> list[float]:
