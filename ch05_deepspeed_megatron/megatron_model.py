@@ -66,7 +66,10 @@ def transformer_config(config: Any, layout: Layout, ctx: Context, *, dtype: torc
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=dtype != torch.float32,
-        perform_initialization=False,  # the values come from megatron_convert
+        # The values come from megatron_convert. Not perform_initialization=False: that also leaves out the mark which
+        # tells the gradient norm that a weight is one of several shards, and clipping would go by those of rank 0.
+        init_method=leave,
+        output_layer_init_method=leave,
         # The loss function returns a sum and a count. finalize_model_grads divides once, by the tokens of all
         # micro-batches and all ranks: rows are ragged, and a mean of means would be another loss.
         calculate_per_token_loss=True,
@@ -78,6 +81,11 @@ def transformer_config(config: Any, layout: Layout, ctx: Context, *, dtype: torc
         gradient_accumulation_fusion=False,
         batch_p2p_comm=ctx.device.type == "cuda",
     )
+
+
+def leave(weight: torch.Tensor) -> torch.Tensor:
+    """As an initialization: none."""
+    return weight
 
 
 def head_dim(config: Any) -> int:

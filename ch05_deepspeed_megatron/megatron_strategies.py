@@ -44,7 +44,6 @@ class Megatron(Strategy):
 
     layout = Layout()
     zero1 = overlap = False
-    per_token = True  # the loss is a mean over all tokens
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         self.comm = comm
@@ -65,7 +64,7 @@ class Megatron(Strategy):
         mine = dict(self.model.named_parameters())
         for name, rule in self.rules().items():
             mine[name].requires_grad = all(given[theirs].requires_grad for theirs in rule.names)
-        self.model.config.calculate_per_token_loss = self.per_token
+        self.plant()
         self.ddp, self.optimizer = megatron_model.wrap(
             self.model, self.ctx, lr=0.1, clip=1e9, distributed_optimizer=self.zero1, overlap=self.overlap,
             bucket_elements=2000,
@@ -76,6 +75,9 @@ class Megatron(Strategy):
             shards = [shard for group in part.optimizer.param_groups for shard in group["params"]]
             part.optimizer = make_optimizer([nn.Parameter(torch.empty(0))])
             part.optimizer.param_groups[0]["params"] = shards
+
+    def plant(self) -> None:
+        """What a faulty one does to the model before gradients' buffers and the optimizer are made."""
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]
@@ -124,8 +126,7 @@ class SkipsNorms(Megatron):
 
     layout = Layout(tp=2, sequence_parallel=True)
 
-    def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
-        super().__init__(model, comm, make_optimizer)
+    def plant(self) -> None:
         for name, parameter in self.model.named_parameters():
             if "layernorm" in name:
                 parameter.sequence_parallel = False  # as torch.nn.RMSNorm leaves it
@@ -136,8 +137,7 @@ class SkipsTiedEmbedding(Megatron):
 
     layout = Layout(pp=2)
 
-    def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
-        super().__init__(model, comm, make_optimizer)
+    def plant(self) -> None:
         self.model.share_embeddings_and_output_weights = False
 
 
@@ -145,10 +145,27 @@ class MeansOfMeans(Megatron):
     """Planted: each replica's micro-batches are divided by its own number of tokens, the mean of those by their number,
     as Megatron does by default."""
 
-    per_token = False
+    def plant(self) -> None:
+        self.model.config.calculate_per_token_loss = False
 
 
-PLANTED = {"norms-not-summed": SkipsNorms, "tied-not-summed": SkipsTiedEmbedding, "mean-of-means": MeansOfMeans}
+class UnmarkedShards(Megatron):
+    """Planted: weights without the mark of a shard, as perform_initialization=False leaves them. Gradients are right;
+    their norm counts those of the first tensor-parallel rank only."""
+
+    layout = Layout(tp=2)
+
+    def plant(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.tensor_model_parallel = False
+
+
+PLANTED = {
+    "norms-not-summed": SkipsNorms,
+    "tied-not-summed": SkipsTiedEmbedding,
+    "mean-of-means": MeansOfMeans,
+    "shards-not-marked": UnmarkedShards,
+}
 
 
 def option(name: str) -> type[Megatron]:
