@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from ch04_fsdp import weights
+from ch04_fsdp import offload_folder, weights
 from common.dist import Launch
 from common.script import UserError
 
@@ -70,7 +70,7 @@ def place(shapes: Sequence[torch.Size], settings: Settings, *, ranks: int, dtype
     """What stage 3 holds where, with or without offload.
 
     Args:
-        dtype: of weights and gradients; the optimizer's are float32, in float32 the same tensors unless offloaded.
+        dtype: of weights and gradients; the optimizer has a float32 copy of them, also of float32 ones.
     """
     zero, aio = settings["zero_optimization"], settings.get("aio", {})
     size, moments = dtype.itemsize, 8
@@ -87,8 +87,7 @@ def place(shapes: Sequence[torch.Size], settings: Settings, *, ranks: int, dtype
     filed = [to_disk["param"] and share * size >= least for share in shares]
     groups = list(_sub_groups(shapes, shares, zero.get("sub_group_size", 10**9)))
     swapped = [to_disk["optimizer"] and 4 * sum(group) >= least for group in groups]
-    master = 4 if offloaded or dtype != torch.float32 else 0
-    own_gradient = 4 if offloaded else 0
+    master, own_gradient = 4, 4 if offloaded else 0
     stay = sum(sum(group) for group, gone in zip(groups, swapped, strict=True) if not gone)
     pinned = 0
     if to_disk["param"]:
@@ -130,6 +129,23 @@ def _gradient_files(group: Sequence[int], least: int, grain: int) -> int:
     return sum(part for part in whole if part >= least)
 
 
+def check_direct(folder: Path) -> None:
+    """
+    Raises:
+        UserError: the file system has no O_DIRECT, which DeepSpeed opens its files with.
+    """
+    probe = folder / f".direct-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError as error:
+        raise UserError(
+            f"{folder} ({offload_folder.kind(folder)}) has no direct I/O ({error.strerror}), which DeepSpeed's offload "
+            "needs; pass --nvme-dir on a disk with ext4 or xfs"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def check_pinned(needed: int) -> None:
     """DeepSpeed ends in a crash where the kernel refuses to lock pages.
 
@@ -165,6 +181,7 @@ def folder_for(disk: Path, launch: Launch) -> Path:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {disk} ({error.strerror}); pass another --nvme-dir") from None
+    check_direct(folder)
     atexit.register(_leave, folder, launch.rank)
     return folder
 
