@@ -187,8 +187,8 @@ def folder_for(disk: Path, launch: Launch) -> Path:
 
 
 def _leave(folder: Path, rank: int) -> None:
-    for own in list(folder.glob(f"**/rank{rank}")):
+    for own in [*folder.glob(f"**/rank{rank}"), folder / "none"]:
         shutil.rmtree(own, ignore_errors=True)
-    for empty in [*sorted(folder.glob("**/"), key=lambda path: -len(path.parts)), folder]:
-        with contextlib.suppress(OSError):  # another rank's part is still there
-            empty.rmdir()
+        for parent in [parent for parent in own.parents if parent.is_relative_to(folder)]:
+            with contextlib.suppress(OSError):  # another rank's part is still there
+                parent.rmdir()
