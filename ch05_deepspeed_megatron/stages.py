@@ -23,7 +23,7 @@ from ch04_fsdp.budget import budget
 from ch04_fsdp.compare_zero import narrowed
 from ch04_fsdp.setting import Setting
 from ch04_fsdp.traffic import Traffic
-from ch04_fsdp.walk import REDUCE_BUCKET
+from ch04_fsdp.walk import PREFETCH_BUCKET, REDUCE_BUCKET
 from ch05_deepspeed_megatron import ds_check, ds_config, engine, options
 from common import dist, lm, profiling
 
@@ -175,6 +175,9 @@ def predicted(name: str, job: Job) -> dict[str, float]:
         LIKE[name], summed=width * parameters, gathered=width * parameters, ranks=job.ranks,
         micro_batches=job.accumulation,
     )  # fmt: skip
+    if name == "3, freed" and job.config.tie_word_embeddings:  # gathered for each of its uses: embedding, head
+        embedding = job.config.vocab_size * job.config.hidden_size
+        sent += 2 * job.accumulation * (job.ranks - 1) / job.ranks * width * embedding
     if name not in PLANNED:
         return held | {"sent": sent}
     setting = Setting(
@@ -185,4 +188,6 @@ def predicted(name: str, job: Job) -> dict[str, float]:
     if name != "0":  # the planner takes DeepSpeed's defaults, and ours are smaller
         bucket = job.settings(name)["zero_optimization"]["reduce_bucket_size"]
         peak += width * (bucket - REDUCE_BUCKET) + (master if job.dtype == torch.float32 else 0)
+    if name == "3, freed":
+        peak -= width * min(parameters, PREFETCH_BUCKET)
     return held | {"sent": sent, "peak": peak}
