@@ -12,6 +12,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,12 @@ class Done:
         return self.error.startswith("out of memory")
 
 
-def run(job: Job, timeout_s: float = 120) -> Done:
-    """Each rank ends as a script does, with its error line and exit code. One that hangs is killed at the limit."""
-    ended = ranks.run_ranks(_as_script, job.ranks, job, timeout_s=timeout_s)
+def run(job: Job, timeout_s: float = 120, train: Callable[[Any], dict[str, Any]] | None = None) -> Done:
+    """Each rank ends as a script does, with its error line and exit code. One that hangs is killed at the limit.
+
+    train: what a rank does, a function of a module (default: the one below).
+    """
+    ended = ranks.run_ranks(_as_script, job.ranks, train or globals()["train"], job, timeout_s=timeout_s)
     lines = [line for rank in ended for line in re.findall(r"^error[^:]*: (.*)", rank.stderr, re.MULTILINE)]
     lines += [f"stopped after {timeout_s:g} s" for rank in ended if rank.timed_out]
     lines += [rank.stderr[-300:] for rank in ended if rank.returncode not in (0, 2)]
@@ -89,7 +93,7 @@ def run(job: Job, timeout_s: float = 120) -> Done:
     return Done(None if causes else found, causes[0] if causes else "", codes, max(rank.seconds for rank in ended))
 
 
-def _as_script(job: Job) -> None:
+def _as_script(train: Callable[[Any], dict[str, Any]], job: Job) -> None:
     script.run(partial(train, job))
 
 

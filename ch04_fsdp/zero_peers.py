@@ -19,11 +19,14 @@ differ: in bf16 DeepSpeed keeps a rank's gradients in bf16 until they are summed
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,7 +54,7 @@ def library(device: torch.device) -> ModuleType:
         raise UserError("deepspeed is not installed; run make setup, or pip install deepspeed==0.19.8")
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else it takes the GPU that it finds; read once, when it is imported
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(data.cache_dir() / "torch_extensions"))  # what others have built
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir(device)))
     with contextlib.redirect_stdout(sys.stderr):  # its log handler keeps the stream of this moment; ours ends in RESULT
         import deepspeed
     # At its start it would compile an all-reduce through shared memory for inference on CPUs. Training does not use it.
@@ -59,6 +62,16 @@ def library(device: torch.device) -> ModuleType:
     # It calls collectives by the names that they had before torch 2.13, once a message.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _extensions_dir(device: torch.device) -> Path:
+    """For what DeepSpeed compiles: of this Python, torch, DeepSpeed and processor (it compiles for the very one)."""
+    versions = [platform.python_version(), torch.__version__, metadata.version("deepspeed"), device.type]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        versions += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    key = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
+    return data.cache_dir() / "torch_extensions" / key
 
 
 def config(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ch01_intro import training
-from ch05_deepspeed_megatron import ds_config, engine
+from ch05_deepspeed_megatron import ds_config, engine, infinity
 from common import dist, lm, script
 
 EXPLAINED = Path(__file__).with_name("explained.toml")
@@ -58,9 +58,11 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     script.start(__file__, args)
     device = dist.pick_device(args.device, dist.read_launch())
+    config = lm.config(args.preset, args.seq_len)
     known = ds_config.known_by(
         ranks=args.ranks, global_batch=args.global_batch or args.ranks * args.batch_size, micro_batch=args.batch_size,
-        clip=1.0, lr=2e-3, hidden=lm.config(args.preset, args.seq_len).hidden_size,
+        clip=1.0, lr=2e-3, hidden=config.hidden_size, layers=config.num_hidden_layers,
+        largest=max(shape.numel() for shape in infinity.shapes_of(config)),
         dtype=training.compute_dtype(args.dtype, device), nvme=args.nvme_dir,
     )  # fmt: skip
     settings = ds_config.prepare(args.file, known, args.ranks)

@@ -78,7 +78,7 @@ def check(settings: Mapping[str, Any], ranks: int) -> None:
         if not isinstance(settings.get(name, {}), dict):
             raise UserError(f"{name} is {settings[name]!r}; it is a section: take {{...}}")
     _check_batch(settings, ranks)
-    asked = Asked({key: value for key, value in settings.items() if key not in BATCH} | {BATCH[0]: 1})
+    asked = Asked({key: value for key, value in settings.items() if key not in BATCH} | {BATCH[0]: ranks})
     try:
         DeepSpeedConfig(asked)
     except ValidationError as error:

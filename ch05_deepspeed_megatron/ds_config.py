@@ -16,6 +16,7 @@ from ch05_deepspeed_megatron import ds_check
 from common.script import UserError
 
 AUTO = "auto"
+LEAST_ON_DISK = 2**18  # float32 elements: of 1 MiB, below which DeepSpeed leaves a sub-group in memory
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def fill(settings: Mapping[str, Any], known: Mapping[str, Any], where: str = "")
             filled[key] = value
         elif name in known:
             filled[key] = known[name]
+        elif key == "nvme_path":
+            raise UserError(f'{name} is "auto", and no disk is named; pass --nvme-dir FOLDER')
         else:
             raise UserError(f'{name} cannot be "auto"; only {", ".join(sorted(known))} can')
     return filled
@@ -72,6 +75,8 @@ def known_by(
     lr: float,
     hidden: int,
     dtype: torch.dtype,
+    largest: int = 0,
+    layers: int = 0,
     nvme: Path | None = None,
 ) -> dict[str, Any]:
     """What "auto" stands for.
@@ -79,6 +84,8 @@ def known_by(
     Args:
         global_batch: sequences a step over all ranks. micro_batch: sequences a rank and pass.
         hidden: the model's width: message sizes follow from it, as in transformers' Trainer.
+        largest: elements of the largest parameter (default: 4 x hidden^2, an MLP's), for what is offloaded to a disk.
+        layers: of the model, each of which is one checkpoint of activations.
         nvme: a folder on the disk to offload to.
 
     Raises:
@@ -89,6 +96,7 @@ def known_by(
             f"--global-batch {global_batch} is no multiple of {ranks} ranks x --batch-size {micro_batch}; DeepSpeed "
             "counts whole micro-batches: take a multiple"
         )
+    layer = 12 * hidden * hidden  # elements, about, of one of Llama's
     known: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -98,9 +106,12 @@ def known_by(
         "optimizer.params.fused": True,
         "bf16.enabled": dtype == torch.bfloat16,
         "fp16.enabled": dtype == torch.float16,
-        "zero_optimization.reduce_bucket_size": 12 * hidden * hidden,  # about a Llama layer
-        "zero_optimization.stage3_prefetch_bucket_size": 12 * hidden * hidden,
+        "zero_optimization.reduce_bucket_size": layer,
+        "zero_optimization.stage3_prefetch_bucket_size": layer,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,  # the norms' weights stay whole
+        "zero_optimization.sub_group_size": max(layer // ranks, LEAST_ON_DISK),
+        "zero_optimization.offload_param.buffer_size": -(-(largest or 4 * hidden * hidden) // ranks),
+        "activation_checkpointing.number_checkpoints": layers,
     }
     if nvme:
         known |= {f"zero_optimization.offload_{what}.nvme_path": str(nvme) for what in ("optimizer", "param")}

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ch04_fsdp import weights, zero_peers
+from ch05_deepspeed_megatron import activation_checkpointing
 from common import lm
 from common.dist import Context
 from common.script import UserError
@@ -127,6 +128,8 @@ def initialize(
     engine, *_ = library.initialize(
         model=model, optimizer=optimizer, model_parameters=groups, config=dict(settings), dist_init_required=None
     )
+    if section := settings.get("activation_checkpointing"):
+        activation_checkpointing.apply(model, section)
     return engine
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
-from ch05_deepspeed_megatron import ds_config, engine
+from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
 from common import dist, lm
 from common.script import UserError
 
@@ -50,11 +50,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         UserError: the file, or what it says, is wrong.
     """
     launch = dist.read_launch()
-    dtype = training.compute_dtype(args.dtype, dist.pick_device(args.device, launch))
+    device = dist.pick_device(args.device, launch)
+    dtype, config = training.compute_dtype(args.dtype, device), lm.config(args.preset, args.seq_len)
     args.global_batch = args.global_batch or args.batch_size * launch.world_size
+    shapes = infinity.shapes_of(config)
     known = ds_config.known_by(
         ranks=launch.world_size, global_batch=args.global_batch, micro_batch=args.batch_size, clip=args.clip,
-        lr=args.lr, hidden=lm.config(args.preset, args.seq_len).hidden_size, dtype=dtype, nvme=args.nvme_dir,
+        lr=args.lr, hidden=config.hidden_size, largest=max(shape.numel() for shape in shapes),
+        layers=config.num_hidden_layers, dtype=dtype,
+        nvme=infinity.folder_for(args.nvme_dir, launch) if args.nvme_dir else None,
     )  # fmt: skip
     found = ds_config.prepare(args.deepspeed_config, known, launch.world_size)
     if "scheduler" in found:
@@ -65,6 +69,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             "--compile and ZeRO stage 3 exclude each other: its hooks break each layer's graph; leave it out"
         )
+    activation_checkpointing.check(found.get("activation_checkpointing", {}))
+    if "nvme" in (engine.device_of(found, what) for what in ("optimizer", "param")):
+        place = infinity.place(shapes, found, ranks=launch.world_size, dtype=dtype)
+        infinity.check_pinned(place.pinned)
+    ops.build(ops.needed(found), device)
     return found
 
 
