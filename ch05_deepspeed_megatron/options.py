@@ -76,10 +76,3 @@ def of_a_resume(args: argparse.Namespace, corpus: Any, ctx: dist.Context, settin
         "dtype": str(training.compute_dtype(args.dtype, ctx.device)),
         "optimizer": settings.get("optimizer"),
     }
-
-
-def precision(settings: engine.Settings) -> torch.dtype:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if settings.get(name, {}).get("enabled"):
-            return dtype
-    return torch.float32
