@@ -40,13 +40,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 OURS = "ours"
 
 
-def measure(args: argparse.Namespace, ctx: dist.Context, run: script.Run) -> dict:
+def measure(args: argparse.Namespace, ctx: dist.Context, run: script.Run, loops: dict[str, peers.Loop]) -> dict:
+    """Let loops, the first of them `ours`, take turns. RESULT."""
     launch = ctx.launch  # Hugging Face's libraries ask for torchrun's variables, which srun does not set
     os.environ |= {"RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size)}
     blocks = data.Blocks(training.load_corpus(args).train, args.seq_len)
     preemption = Preemption([parse_signal("USR1")], ctx)  # signals belong to the main thread
     job = peers.Job(args, ctx, blocks, WARM_UP + args.rounds * args.steps, preemption, run.folder)
-    loops = {OURS: peers.ours} | {name: peers.PEERS[name] for name in args.peers}
     order = random.Random(args.seed)  # the same on all ranks
     times_ms: list[dict[str, list[float]]] = []  # by start, loop and round
     progress = Progress(args.starts * args.rounds, "rounds")
@@ -128,6 +128,15 @@ def show(result: dict, names: list[str]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--peers", type=script.comma_list(str), default=list(peers.PEERS), help=", ".join(peers.PEERS))
+    parser.add_argument("--bucket-mib", type=script.positive, default=25, help="ours")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    peers.check(args.peers)
+    return args
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of every comparison of loops."""
     parser.add_argument("--starts", type=script.at_least(1), default=6, help="build all loops anew so many times")
     parser.add_argument("--rounds", type=script.at_least(1), default=8, help="of each start")
     parser.add_argument("--steps", type=script.at_least(1), default=2, help="of each loop in each round")
@@ -139,19 +148,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=script.positive, default=1e-3)
     parser.add_argument("--warmup", type=script.at_least(0), default=20)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--bucket-mib", type=script.positive, default=25, help="ours")
     parser.add_argument("--threads", type=script.at_least(1), help="CPU threads a rank (default: cores / local ranks)")
     parser.add_argument("--timeout-s", type=script.positive, default=300, help="for a turn")
-    args = parser.parse_args(argv)
-    peers.check(args.peers)
-    return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     run = script.start(__file__, args)
     with dist.session(args.device, threads=args.threads) as ctx:
-        result = measure(args, ctx, run)
+        loops = {OURS: peers.ours} | {name: peers.PEERS[name] for name in args.peers}
+        result = measure(args, ctx, run, loops)
         if ctx.is_main:
             show(result, args.peers)
         if not result["losses_equal"]:

@@ -34,7 +34,7 @@ from torch import nn
 from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import Batch
 from common import data
-from common.dist import Context
+from common.dist import Context, Launch
 from common.script import UserError
 
 STAGES = (1, 2, 3)
@@ -119,18 +119,17 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     A model that is too large for that is built inside deepspeed.zero.Init (chapter 5). DeepSpeed keeps the process
     groups that it finds first for as long as the process lives: one dist.session a process.
     """
-    engine, *_ = join(ctx).initialize(model=model, optimizer=optimizer, config=settings)
+    engine, *_ = join(ctx.launch, ctx.device).initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
-def join(ctx: Context) -> ModuleType:
+def join(launch: Launch, device: torch.device) -> ModuleType:
     """The library, told of the ranks: it asks for torchrun's variables, which srun and python do not set."""
-    launch = ctx.launch
     os.environ |= {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
         "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
-    return library(ctx.device)
+    return library(device)
 
 
 def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_size: int) -> torch.Tensor:
@@ -158,9 +157,13 @@ def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_siz
 
 
 def update(engine: Any) -> torch.Tensor:
-    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank."""
+    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank.
+
+    In stage 0 it is NaN: there DeepSpeed keeps it to itself.
+    """
     engine.step()
-    return torch.as_tensor(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(float("nan") if norm is None else norm)
 
 
 def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:

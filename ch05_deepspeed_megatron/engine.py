@@ -80,7 +80,7 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
 
     deepspeed.zero.Init would do so while a model is built, but with values that depend on the stage.
     """
-    zero = zero_peers.join(ctx)
+    zero = zero_peers.join(ctx.launch, ctx.device)
     zero.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     files = weights.files_of_tensors(folder) if folder else {}
     swapper = None  # of the first: each would have buffers of its own
@@ -131,7 +131,7 @@ def initialize(
     model: nn.Module, settings: Settings, ctx: Context, optimizer: torch.optim.Optimizer | None = None
 ) -> Any:
     """The engine, with the optimizer of the settings, or this one. One dist.session a process: see zero_peers."""
-    library = zero_peers.join(ctx)
+    library = zero_peers.join(ctx.launch, ctx.device)
     groups = None if optimizer else parameter_groups(model)
     engine, *_ = library.initialize(
         model=model, optimizer=optimizer, model_parameters=groups, config=dict(settings), dist_init_required=None
