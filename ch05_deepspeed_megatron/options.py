@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch05_deepspeed_megatron import ds_config, engine
