@@ -38,7 +38,7 @@ def save(
 ) -> Path:
     """Write folder/step-00000020/{state.pt, meta.json}. The rename is the moment from which the checkpoint exists.
 
-    Then all but the newest `keep` go, and the one named `spare`.
+    Then the others go, as `prune` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -59,15 +59,22 @@ def save(
         remove(final)
     os.rename(partial, final)
     sync(folder)
-    prune(folder, keep=keep, spare=spare)
+    prune(final, keep=keep, spare=spare)
     return final
 
 
-def prune(folder: Path, *, keep: int, spare: str = "") -> None:
-    """Remove all but the newest `keep`, and the one named `spare`."""
-    for old in every(folder)[:-keep]:
-        if old.name != spare:
-            remove(old)
+def prune(newest: Path, *, keep: int, spare: str = "") -> None:
+    """Remove all but `newest`, which was just saved, the `keep` - 1 before it, and the one named `spare`.
+
+    A run saves in order, so that a higher number is of a course that was left, by a resume from an older checkpoint. It
+    goes too, lest the next resume, from the highest number, be on that course again.
+    """
+    found = every(newest.parent)
+    course = [path for path in found if path.name <= newest.name]
+    kept = {path.name for path in course[-keep:]} | {spare}
+    for path in found:
+        if path.name not in kept:
+            remove(path)
 
 
 def remove(path: Path) -> None:

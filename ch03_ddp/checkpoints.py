@@ -29,14 +29,15 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def best(self) -> tuple[str, float]:
-        """Name and validation loss of the best checkpoint so far."""
+    def best_before(self, step: int) -> tuple[str, float]:
+        """Name and validation loss of the best checkpoint so far. One that a resume has gone back behind is none."""
         try:
             told = json.loads((self.folder / "best.json").read_text())
-            return told["name"], told["val_loss"]
+            if told["name"] < f"step-{step:08d}":
+                return told["name"], told["val_loss"]
         except (OSError, ValueError, KeyError, TypeError):
-            return "", math.inf
+            pass
+        return "", math.inf
 
     def save(self, step: int, state: dict[str, Any], val_loss: float | None = None) -> None:
         """Write a checkpoint; in the background, training goes on as soon as the state is copied to CPU memory."""
@@ -68,7 +69,7 @@ class Keeper:
             self._error = error
 
     def _write(self, step: int, state: dict[str, Any], val_loss: float | None) -> None:
-        name, lowest = self.best
+        name, lowest = self.best_before(step)
         better = val_loss is not None and val_loss < lowest
         path = checkpoint.save(
             self.folder, step, state, self.settings, keep=self.keep + better, spare=name
@@ -76,7 +77,7 @@ class Keeper:
         if better:
             with atomic_write(self.folder / "best.json") as file:
                 json.dump({"name": path.name, "val_loss": val_loss}, file)
-            checkpoint.prune(self.folder, keep=self.keep, spare=path.name)
+            checkpoint.prune(path, keep=self.keep, spare=path.name)
 
 
 def newest_whole(folder: Path, settings: dict[str, Any]) -> tuple[Path, int, dict[str, Any]] | None:

@@ -134,7 +134,7 @@ class Keeper(ddp_checkpoints.Keeper):
                 checkpoint.remove(final)
             os.rename(partial, final)
             sync(self.folder)
-            self._prune(final, val_loss)
+            self._prune(step, final, val_loss)
         dist.barrier(self.group)
 
     def _own_files(self, folder: Path) -> list[Path]:
@@ -142,13 +142,13 @@ class Keeper(ddp_checkpoints.Keeper):
         mine = [*folder.glob(f"__{self.ctx.rank}_*.distcp"), folder / f"rng-{self.ctx.rank}.pt"]
         return [*mine, folder / ".metadata", folder / "config.json"] if self.ctx.is_main else mine
 
-    def _prune(self, newest: Path, val_loss: float | None) -> None:
-        best, lowest = self.best
+    def _prune(self, step: int, newest: Path, val_loss: float | None) -> None:
+        best, lowest = self.best_before(step)
         if val_loss is not None and val_loss < lowest:
             best = newest.name
             with atomic_write(self.folder / "best.json") as file:
                 json.dump({"name": best, "val_loss": val_loss}, file)
-        checkpoint.prune(self.folder, keep=self.keep, spare=best)
+        checkpoint.prune(newest, keep=self.keep, spare=best)
 
     def find(self, args: argparse.Namespace) -> Path | None:
         """The checkpoint that --resume means; None to begin anew. A corrupt newest one is passed over, saying so.

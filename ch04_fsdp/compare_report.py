@@ -47,10 +47,16 @@ def of(
         "collectives": len(sent),
         "sent_mib": sum(call.sent_bytes for call in sent) / MIB,
         "formula_mib": contestants.sent_bytes(
-            name, summed=4 * parameters, gathered=gathered * parameters, ranks=ranks, micro_batches=job.micro_batches
+            name, summed=4 * parameters, gathered=gathered * parameters, ranks=ranks, micro_batches=job.micro_batches,
+            again=gathered * contestants.gathered_again(job.config),
         ) / MIB,
         **saved,
     }  # fmt: skip
+
+
+def ours(figures: dict[str, Figures]) -> str:
+    """The contestant that the others' speed is compared with: FSDP in full, or the first if that does not run."""
+    return "fsdp-full" if "fsdp-full" in figures else next(iter(figures))
 
 
 def result(
@@ -62,19 +68,19 @@ def result(
 ) -> dict[str, Any]:
     """RESULT. `over_x` fields are ratios of tokens/s in the same round, FSDP's in full to x's: median and quartiles."""
     allowed = TOLERANCE[job.dtype]
-    ours = "fsdp-full" if "fsdp-full" in figures else next(iter(figures))
+    chosen = ours(figures)
     made: dict[str, Any] = {
         "world_size": job.ctx.world_size,
         "dtype": str(job.dtype).removeprefix("torch."),
         "tokens_per_step": tokens,
-        "rounds": sum(len(start[ours]) for start in times_ms),
+        "rounds": sum(len(start[chosen]) for start in times_ms),
         "equal": all(found[what] <= allowed[what] for found in apart.values() for what in allowed),
         "largest_differences": {what: max((f[what] for f in apart.values()), default=0.0) for what in allowed},
         "contestants": figures,
     }
     for name in times_ms[0]:
         flat = [ms for start in times_ms for ms in start[name]]
-        ratios = [b / a for start in times_ms for a, b in zip(start[ours], start[name], strict=True)]
+        ratios = [b / a for start in times_ms for a, b in zip(start[chosen], start[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         speed = {
             "step_ms": statistics.median(flat), "tokens_per_s": tokens / statistics.median(flat) * 1e3,
@@ -85,21 +91,37 @@ def result(
         else:
             figures[name] |= speed
             figures[name]["apart"] = apart.get(name, {})
-    if ours == "fsdp-full":
-        made["memory_over_ideal"] = figures[ours]["over_ideal"]
-        made["resident_over_ideal"] = figures[ours]["resident_mib"] / figures[ours]["ideal_mib"]
-        made["sent_over_formula"] = figures[ours]["sent_mib"] / figures[ours]["formula_mib"]
+    if chosen == "fsdp-full":
+        made["memory_over_ideal"] = figures[chosen]["over_ideal"]
+        made["resident_over_ideal"] = figures[chosen]["resident_mib"] / figures[chosen]["ideal_mib"]
+        made["sent_over_formula"] = figures[chosen]["sent_mib"] / figures[chosen]["formula_mib"]
         made["fsdp_over_again"] = made["control"]["fsdp_over_it"]
-        for other in figures.keys() - {ours}:
+        for other in figures.keys() - {chosen}:
             made[f"fsdp_over_{other.replace('-', '')}"] = figures[other]["fsdp_over_it"]
         if "zero-3" in figures:
             made["zero3_memory_over_ideal"] = figures["zero-3"]["over_ideal"]
-            made["fsdp_peak_over_zero3"] = figures[ours]["peak_mib"] / figures["zero-3"]["peak_mib"]
+            made["fsdp_peak_over_zero3"] = figures[chosen]["peak_mib"] / figures["zero-3"]["peak_mib"]
     if {"fsdp-grad", "zero-2"} <= figures.keys():
         made["grad_over_zero2"] = statistics.median(
             b / a for start in times_ms for a, b in zip(start["fsdp-grad"], start["zero-2"], strict=True)
         )
     return made
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    """What does not hold of what we say of DDP and FSDP: the same step, the share held, the bytes sent.
+
+    Speed is no such thing: it is measured, and differs from machine to machine.
+    """
+    wrong = [] if result["equal"] else ["the first step is not the same: this is not the same training"]
+    for name, f in result["contestants"].items():
+        if name.startswith("zero"):
+            continue
+        if not 0.99 < f["over_ideal"] < 1.1:
+            wrong.append(f"a rank of {name} holds {f['over_ideal']:.3f} times its share")
+        if not 0.98 < (ratio := f["sent_mib"] / f["formula_mib"]) < 1.02:
+            wrong.append(f"a rank of {name} sends {ratio:.3f} times the bytes of the formula")
+    return wrong
 
 
 def show(result: dict[str, Any]) -> None:
@@ -111,7 +133,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:11}{by_kind}{f['held_mib']:9.1f}{f['ideal_mib']:9.1f}{f['over_ideal']:7.3f}"
               f"{f['resident_mib']:10.1f}{f['peak_mib']:8.1f}")  # fmt: skip
     print("\na step and a checkpoint")
-    print(f"{'':16}{'ms':>7}{'tokens/s':>10}  {'fsdp-full over it':24}{'calls':>6}{'sent MiB':>10}{'formula':>9}"
+    print(f"{'':16}{'ms':>7}{'tokens/s':>10}  {f'{ours(every)} over it':24}{'calls':>6}{'sent MiB':>10}{'formula':>9}"
           f"{'save s':>8}{'MiB':>8}  {'gradients, step apart from ddp'}")  # fmt: skip
     for name, f in [*every.items(), *([(CONTROL, result["control"])] if "control" in result else [])]:
         quartiles = f"({f['fsdp_over_it_p25']:.3f} ... {f['fsdp_over_it_p75']:.3f})"

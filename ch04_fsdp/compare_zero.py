@@ -282,8 +282,8 @@ def main(argv: list[str] | None = None) -> dict:
         if ctx.is_main:
             compare_report.show(result)
             compare_report.draw(result, run.path("comparison.png"))
-            if not result["equal"]:
-                raise script.CheckFailed("the first step is not the same: this is not the same training", result)
+            if wrong := compare_report.missed(result):
+                raise script.CheckFailed("; ".join(wrong), result)
         return result
 
 

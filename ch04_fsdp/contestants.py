@@ -184,19 +184,26 @@ def ideal_bytes(name: str, parameters: int, ranks: int, dtype: torch.dtype = tor
     return {kind: parameters * size / (ranks if kind in shared_out else 1) for kind, size in sizes.items()}
 
 
-def sent_bytes(name: str, *, summed: int, gathered: int, ranks: int, micro_batches: int = 1) -> float:
+def gathered_again(config: Any) -> int:
+    """Parameters that FSDP in full gathers in backward as well: those of the layers (see sharding.shard)."""
+    ends = config.hidden_size * (1 + config.vocab_size * (1 if config.tie_word_embeddings else 2))
+    return lm.parameter_count(config) - ends
+
+
+def sent_bytes(name: str, *, summed: int, gathered: int, again: int, ranks: int, micro_batches: int = 1) -> float:
     """Bytes that a rank sends in a step by each strategy, whatever else travels (the norm, flags) left out.
 
     Args:
         summed: bytes of all gradients as they travel.
         gathered: bytes of all parameters as they travel.
+        again: of those that FSDP gathers twice.
     """
     part = (ranks - 1) / ranks
     reduce, gather = part * summed, part * gathered
     return {
         "ddp": 2 * reduce,
         "fsdp-grad": micro_batches * (gather + reduce),
-        "fsdp-full": micro_batches * (2 * gather + reduce),
+        "fsdp-full": micro_batches * (gather + part * again + reduce),
         "zero-1": 2 * reduce + gather,  # a reduce-scatter would do, DeepSpeed sums whole buckets
         "zero-2": micro_batches * 2 * reduce + gather,
         "zero-3": micro_batches * (2 * gather + reduce),

@@ -229,6 +229,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--ranks-a-node", type=script.at_least(1), help="hybrid's group without --shard-ranks")
     args = made.parse_args(argv)
     Sharding(args.strategy, args.shard_ranks)  # a contradiction is found before anything is started
+    if args.ranks_a_node and not args.plan:
+        raise script.UserError("--ranks-a-node belongs to --plan: live ranks know their nodes; leave it out")
     if args.plan and dist.read_launch().world_size > 1:
         raise script.UserError("--plan needs no ranks; start it with plain python, or leave --plan out")
     return args

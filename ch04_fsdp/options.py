@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from ch03_ddp import options as ddp_options
 from ch04_fsdp import offload_folder, recompute
 from ch04_fsdp.sharding import OFFLOADS, STRATEGIES, Sharding
 from common import data, lm, profiling
-from common.dist import Context
+from common.dist import Context, compress
 from common.script import UserError, at_least, positive
 
 
@@ -121,6 +124,35 @@ def check_memory(args: argparse.Namespace, sharding: Sharding, ctx: Context) -> 
             "--offload or a smaller --preset"
         )
     ctx.barrier("memory checked")  # none allocates before all have looked
+
+
+def check_out(out: Path, ctx: Context) -> None:
+    """Every rank writes its part of a checkpoint: do all see one folder? Rank 0 leaves a mark there, all look for it.
+
+    Raises:
+        UserError: on every rank, if one does not see it or rank 0 cannot write it.
+    """
+    mark = out / f".seen-by-all-{secrets.token_hex(8)}"  # a name that no node has looked up before, and remembers
+    try:
+        reason = ""
+        if ctx.is_main:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+        name, reason = json.loads(ctx.exchange("mark in --out", json.dumps([mark.name, reason]))[0])
+        if reason:
+            raise UserError(f"rank 0 cannot write to {out} ({reason}); pass another --out")
+        seen = ctx.exchange("mark seen", "yes" if os.path.exists(out / name) else "")
+        if blind := [rank for rank, yes in enumerate(seen) if not yes]:
+            raise UserError(
+                f"rank {compress(blind)} does not see in its --out what rank 0 writes to its own, and each is to write "
+                "a part of every checkpoint; give all nodes one folder that they share"
+            )
+    finally:
+        with contextlib.suppress(OSError):
+            mark.unlink(missing_ok=True)  # rank 0's; nobody else has made one
 
 
 def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:

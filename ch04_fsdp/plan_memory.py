@@ -28,7 +28,7 @@ import torch
 from ch01_intro import training
 from ch04_fsdp import recompute
 from ch04_fsdp.budget import Budget, budget
-from ch04_fsdp.setting import OPTIMIZER_BYTES, STRATEGIES, Setting, part
+from ch04_fsdp.setting import NO_PIPELINE, OPTIMIZER_BYTES, STRATEGIES, Setting, part
 from ch04_fsdp.sharding import OFFLOADS
 from common import lm, script
 from common.script import UserError, at_least, comma_list, positive
@@ -88,10 +88,12 @@ def extra_compute(config: Any, choice: str) -> float:
 
 def wire_bytes_per_token(config: Any, s: Setting) -> float:
     """What a rank sends for each of its tokens in a step: rings, (N-1)/N taken for 1 where there is more than one."""
-    count, p, tokens = part(config, s).total, s.weight, s.micro_batch * s.seq_len
+    here, p, tokens = part(config, s), s.weight, s.micro_batch * s.seq_len
+    count = here.total
     shards, copies = s.shards > 1, s.replicas > s.shards
     passes = s.accumulate if s.is_fsdp or s.strategy == "zero3" else 1  # gathered for each micro-batch
-    gathers = count * p * (2 if s.reshards else 1) * passes
+    again = here.layer * here.layers if s.is_fsdp else count  # FSDP: see traffic.expected
+    gathers = p * (count + again * s.reshards) * passes
     sent = {
         "replicate": 2 * 4 * count * (s.replicas > 1),
         "zero1": 3 * p * count * shards,  # an all-reduce, and the new weights
@@ -119,6 +121,8 @@ def search(config: Any, base: Setting, memory: float) -> Iterator[tuple[tuple[fl
     for strategy, again, offload, tp in itertools.product(STRATEGIES, choices, ("none", "cpu"), tps):
         if (offload != "none" and strategy == "replicate") or strategy.startswith("hybrid"):
             continue  # hybrid takes as much memory as full on fewer ranks: a matter of links, not of memory
+        if base.pp > 1 and strategy in NO_PIPELINE:
+            continue
         if base.ranks // (tp * base.pp) == 1 and strategy not in ("replicate", "full"):
             continue  # one replica: there is nothing to spread
         setting = dataclasses.replace(
@@ -157,7 +161,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--shard-ranks", type=at_least(1), help="hybrid: ranks that share a copy (default: half of them)")
     made.add_argument("--tp", type=at_least(1), default=1, help="tensor-parallel ranks")
     made.add_argument("--pp", type=at_least(1), default=1, help="pipeline stages (1F1B, --accumulate micro-batches)")
-    made.add_argument("--strategies", type=comma_list(str), default=list(STRATEGIES))
+    made.add_argument("--strategies", type=comma_list(str), help=f"default: all of {', '.join(STRATEGIES)} that go")
     made.add_argument("--micro-batch", type=at_least(1), default=1)
     made.add_argument("--seq-len", type=at_least(1), default=4096)
     made.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches a step")
@@ -177,7 +181,7 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     """One a strategy. Replicate has nothing to offload: it is left as it is."""
     replicas = args.ranks // (args.tp * args.pp)
     made = []
-    for strategy in args.strategies:
+    for strategy in args.strategies or [s for s in STRATEGIES if args.pp == 1 or s not in NO_PIPELINE]:
         hybrid = (args.shard_ranks or max(1, replicas // 2)) if strategy.startswith("hybrid") else None
         made.append(
             Setting(

@@ -16,6 +16,7 @@ from common.script import UserError
 
 ZERO = ("zero1", "zero2", "zero3")
 STRATEGIES = (*FSDP, *ZERO)
+NO_PIPELINE = ("zero2", "zero3")  # DeepSpeed's engine asserts so: stages sum whole gradients over their micro-batches
 OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "momentum": 4, "sgd": 0}  # moments, a parameter
 
 
@@ -48,6 +49,8 @@ class Setting:
             raise UserError(f"cannot offload to {self.offload!r}; one of {', '.join(OFFLOADS)}")
         if self.offload != "none" and self.strategy == "replicate":
             raise UserError("replicate has no shards to offload; take another strategy")
+        if self.pp > 1 and self.strategy in NO_PIPELINE:
+            raise UserError(f"{self.strategy} does not go with a pipeline of {self.pp} stages; take zero1, or pp 1")
         recompute.check(self.recompute)
         if self.ranks % (self.tp * self.pp):
             raise UserError(f"{self.ranks} ranks do not divide into tp {self.tp} x pp {self.pp}; change one of them")

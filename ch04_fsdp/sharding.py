@@ -71,7 +71,8 @@ class Sharding:
 
     @property
     def reshards(self) -> bool:
-        """Whether a layer's weights are freed after its forward pass, and gathered anew in backward."""
+        """Whether a layer's weights are freed after its forward pass, and gathered anew in backward. (Of layers alone:
+        the last unit stays, and what is before the first layer is not needed again. See shard.)"""
         return self.strategy in ("full", "hybrid")
 
     def mesh(self, world_size: int, device: torch.device, ranks_a_node: int | None = None) -> DeviceMesh:
@@ -124,8 +125,18 @@ def shard(model: nn.Module, sharding: Sharding, mesh: DeviceMesh) -> nn.Module:
     )
     pinned = sharding.offload == "cpu" and mesh.device_type == "cuda"  # what a file backs cannot be pinned
     offload = OffloadPolicy() if sharding.offload == "none" else CPUOffloadPolicy(pin_memory=pinned)
-    for unit in [*units(model), model]:  # the root last: it takes what is left
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=sharding.reshards)
+    decoder, parts = model.model, units(model)
+    tied = model.lm_head.weight is decoder.embed_tokens.weight
+    # Backward begins with the unit that has the head: freed after forward, it would be gathered at once, and nothing
+    # would compute meanwhile. With a tied head that is the root (which fully_shard keeps too, if it is not told).
+    last = model if tied else parts[-1]
+    for unit in [*parts, model]:  # the root last: it takes what is left
+        fully_shard(
+            unit, mesh=mesh, mp_policy=policy, offload_policy=offload,
+            reshard_after_forward=sharding.reshards and unit is not last,
+        )  # fmt: skip
+    if not tied:
+        decoder.embed_tokens.set_unshard_in_backward(False)  # type: ignore[operator]  # its gradient needs no weights
     if sharding.prefetch > 1:
         prefetch(model, sharding.prefetch)
     return model

@@ -96,6 +96,8 @@ def expected(
 ) -> list[Collective]:
     """The collectives of one training step, in no order. Replicate's gradients are one, however many buckets.
 
+    Only layers are gathered a second time, in backward: the unit with the head stays, an embedding is not needed there.
+
     Args:
         replicas, ranks: the mesh: copies of the model, and ranks that share one.
     """
@@ -109,7 +111,7 @@ def expected(
         gather = numbers * sharding.dtype.itemsize
         for number in range(micro_batches):
             found.append(Collective("all_gather", unit, "forward", gather, ranks))
-            if sharding.reshards:
+            if sharding.reshards and unit.startswith("layers."):
                 found.append(Collective("all_gather", unit, "backward", gather, ranks))
             if sync_each or number == micro_batches - 1:  # gradients travel in float32
                 found.append(Collective("reduce_scatter", unit, "backward", 4 * numbers, ranks))

@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> dict:
         args.global_batch = args.global_batch or args.batch_size * ctx.world_size
         options.check_batch(args, ctx)
         options.agree(ctx, None, options.of_all_ranks(args, ctx))
+        if args.out:
+            options.check_out(args.out, ctx)
         sharding = options.sharding(args, ctx)
         keeper = checkpoints.Keeper(
             out / "checkpoints", options.settings(args, corpus, ctx), ctx, keep=args.keep, in_background=args.async_save

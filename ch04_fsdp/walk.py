@@ -74,6 +74,7 @@ class Step:
         self.over_gloo = setting.device == "cpu"
         self.offloads = setting.offload == "disk" or (setting.offload == "cpu" and setting.device != "cpu")
         self.pending: set[int] = set()  # units whose all-gather has been started
+        self.whole: set[int] = set()  # units whose gathered weights are here
         self.reduced = 0  # FSDP: the input of the last reduction, kept until the next one
 
     def walk(self) -> None:
@@ -136,13 +137,16 @@ class Step:
         """From the all-gather's output into the weights. Returns what can be dropped then."""
         size = self.size_of(unit) * self.setting.weight
         self.ledger.hold("gathered weights", size)
+        self.whole.add(unit)
         if unit not in self.pending:
             return 0
         self.pending.discard(unit)
         return size
 
     def reshard(self, unit: int) -> None:
-        self.ledger.drop("gathered weights", self.size_of(unit) * self.setting.weight)
+        if unit in self.whole:
+            self.whole.remove(unit)
+            self.ledger.drop("gathered weights", self.size_of(unit) * self.setting.weight)
 
     # ------------------------------------------------------------ forward
 
@@ -174,11 +178,9 @@ class Step:
             elif unit == layers and self.is_last:
                 ledger.hold("activations", self.ends.head)
                 ledger.hold("temporaries", self.ends.logits)
-            if s.is_fsdp and s.reshards and not (unit == -1 and self.part.tied):
+            if s.is_fsdp and s.reshards and unit != (-1 if self.part.tied else layers):
                 self.reshard(unit)
         ledger.drop("communication", previous)
-        if s.is_fsdp and s.reshards and self.part.tied:
-            self.reshard(-1)
 
     def loss(self) -> None:
         """Logits, their log-softmax, and the gradients of both: of tokens x vocabulary each, mostly float32."""
@@ -202,8 +204,7 @@ class Step:
     def backward(self) -> None:
         s, ledger, layers = self.setting, self.ledger, self.part.layers
         ledger.phase = "backward of the head"
-        last = -1 if self.part.tied else layers
-        self.unshard_for_backward(last)
+        self.unshard_for_backward(layers)
         if self.is_last:
             vocabulary = self.part.embedding if self.part.tied else self.part.head - self.config.hidden_size
             self.gradient(vocabulary)
@@ -221,7 +222,6 @@ class Step:
         ledger.phase = "backward of the embedding"
         if self.is_first:
             if not self.part.tied:
-                self.unshard_for_backward(-1)
                 self.gradient(self.part.embedding)
             else:  # both ends of the tied weight have their gradient: they are added up into a third tensor
                 ledger.touch("temporaries", 2 * self.part.embedding * self.gradient_bytes)
@@ -235,17 +235,15 @@ class Step:
             ledger.drop("gathered weights")
 
     def unshard_for_backward(self, unit: int) -> None:
-        """Gather this unit's weights unless they are here still, and start on those of the next."""
+        """Gather a layer's weights unless they have stayed, as the head's have, and start on those of the next."""
         s = self.setting
         if not (s.is_fsdp and s.reshards):
             return
-        self.all_gather(unit)
-        self.ledger.drop("communication", self.copy_out(unit))
-        behind = self.part.layers if unit in (-1, self.part.layers) else unit  # the root comes before the last layer
-        if self.part.tied or unit != -1:
-            for ahead in range(behind - 1, behind - 1 - s.prefetch, -1):
-                if ahead >= 0 or (ahead == -1 and not self.part.tied):
-                    self.all_gather(ahead)
+        if unit < self.part.layers:
+            self.all_gather(unit)
+            self.ledger.drop("communication", self.copy_out(unit))
+        for ahead in range(unit - 1, max(-1, unit - 1 - s.prefetch), -1):
+            self.all_gather(ahead)
 
     @property
     def gradient_bytes(self) -> int:

@@ -65,6 +65,7 @@ def initialize(model: nn.Module, seed: int) -> None:
 
     Each rank draws the whole of one parameter at a time and keeps its rows. Norms are 1 and biases 0, as in Llama.
     """
+    reshard(model)
     for name, parameter in disk.visited(model, changed=True):
         # Where the ranks compute, also if shards are offloaded: a GPU draws other numbers than a CPU.
         device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
@@ -137,6 +138,7 @@ def load(model: nn.Module, folder: Path) -> int:
     Raises:
         UserError: a tensor is missing, too many, of another shape or unreadable: the checkpoint is of another model.
     """
+    reshard(model)
     found = files_of_tensors(folder)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if surplus := [name for name in found if name not in known and not name.endswith("inv_freq")]:

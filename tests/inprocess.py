@@ -11,6 +11,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver as fork_server
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from common.process import ROOT, Finished
@@ -22,6 +24,9 @@ def _child(
     script: str, argv: list[str], env: Mapping[str, str], out: str, err: str, before: Callable[[], None] | None
 ) -> None:
     end_with_parent()
+    # Ranks that the script starts come from the same server. Python's documentation says so of a child, but its
+    # ensure_running would start another server here, which imports torch again: four seconds.
+    fork_server._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined, method-assign]
     for path, descriptor in ((out, 1), (err, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, descriptor)

@@ -21,6 +21,7 @@ from ch02_hardware_parallelism.layout.search import SIMPLE, degrees, variants
 from common import lm, process
 from common.script import UserError
 from tests import spawn
+from tests.inprocess import run_script
 
 SCRIPT = "ch02_hardware_parallelism/advise.py"
 LLAMA_8B = find_shape("llama-8b")
@@ -362,7 +363,7 @@ def test_bad_input(flags: list[str], line: str, tmp_path: Path) -> None:
 
 
 def test_exit_code_and_one_line() -> None:
-    done = process.run(f"python {SCRIPT} --gpus 12", timeout_s=60)
+    done = run_script(SCRIPT, ["--gpus", "12"])
     assert done.returncode == 2
     assert done.stderr.startswith("error: 12 GPUs do not fill nodes of 8; ")
     assert done.stderr.count("\n") == 1

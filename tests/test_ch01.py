@@ -20,6 +20,7 @@ from common import data, lm, process
 from common.logs import Metrics
 from common.script import UserError
 from tests.inprocess import run_script
+from tests.spawn import fork_script
 
 TRAIN = "ch01_intro/train_baseline.py"
 TINY = ["--steps", "9", "--batch-size", "1", "--seq-len", "16", "--val-tokens", "16", "--sample-tokens", "0"]
@@ -205,17 +206,16 @@ def test_averaged_gradients_equal_those_of_one_process_with_the_whole_batch(tmp_
 
 def test_two_ranks_train_alike_and_resume_exactly(tmp_path: Path) -> None:
     flags = [*TINY, "--save-every", "6", "--run-dir", str(tmp_path / "run")]
-    launch = ["torchrun", "--standalone", "--nproc-per-node=2", TRAIN]
-    whole = process.run([*launch, *flags, "--out", str(tmp_path / "a")], timeout_s=120)
-    assert whole.result is not None, whole.stderr
-    assert whole.result["ranks_agree"]
-    assert whole.result["world_size"] == 2
+    whole = fork_script(TRAIN, 2, [*flags, "--out", tmp_path / "a"], timeout_s=120)[0]
+    assert whole.value is not None, whole.stderr
+    assert whole.value["ranks_agree"]
+    assert whole.value["world_size"] == 2
     # go back to step 6, as a run that was killed on the way to step 9 would find it
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000009")
-    resumed = process.run([*launch, *flags, "--out", str(tmp_path / "a"), "--resume", "auto"], timeout_s=120)
-    assert resumed.result is not None, resumed.stderr
-    assert resumed.result["resumed_at_step"] == 6
-    assert resumed.result["weights_sha256"] == whole.result["weights_sha256"]
+    resumed = fork_script(TRAIN, 2, [*flags, "--out", tmp_path / "a", "--resume", "auto"], timeout_s=120)[0]
+    assert resumed.value is not None, resumed.stderr
+    assert resumed.value["resumed_at_step"] == 6
+    assert resumed.value["weights_sha256"] == whole.value["weights_sha256"]
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -350,14 +350,12 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_collective_gives_the_right_values(ranks: int, tmp_path: Path) -> None:
-    command = (
-        f"torchrun --standalone --nproc-per-node={ranks} {COLLECTIVES} --sizes-kib 1,5 --repeats 1 --run-dir {tmp_path}"
-    )
-    done = process.run(command, timeout_s=120)
-    assert done.result is not None, done.stderr
-    assert done.result["world_size"] == ranks
-    assert done.result["verified"] == 18
-    assert done.result["wrong"] == 0
+    flags = ["--sizes-kib", "1,5", "--repeats", "1", "--run-dir", tmp_path]
+    done = fork_script(COLLECTIVES, ranks, flags, timeout_s=120)[0]
+    assert done.value is not None, done.stderr
+    assert done.value["world_size"] == ranks
+    assert done.value["verified"] == 18
+    assert done.value["wrong"] == 0
     assert (tmp_path / "latency.png").stat().st_size > 5000
 
 

@@ -65,6 +65,19 @@ def test_a_kill_leaves_a_whole_checkpoint(step: int, name: str, call: int, tmp_p
     assert len(checkpoint.every(tmp_path)) == checkpoint.KEEP
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_a_run_saves_outlives_the_course_that_it_left(keep: int, tmp_path: Path) -> None:
+    for number in (10, 20, 30):
+        checkpoint.save(tmp_path, number, state(number), SETTINGS, keep=3)
+    written = []
+    for number in (12, 14, 20):  # a resume from 10; 20 is rewritten
+        written.append(checkpoint.save(tmp_path, number, state(100 + number), SETTINGS, keep=keep))
+        kept = checkpoint.every(tmp_path)
+        assert kept[-len(written) :] == written[-keep:], "and nothing above, where a resume would go on"
+        assert len(kept) == min(keep, 1 + len(written))
+    assert checkpoint.load(kept[-1], SETTINGS)[1]["position"] == 120
+
+
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "new", 7, state(7), SETTINGS)
     step, loaded = checkpoint.load(path, SETTINGS)

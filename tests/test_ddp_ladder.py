@@ -19,7 +19,7 @@ from ch03_ddp.rungs import Rung, Trainee
 from ch03_ddp.strategies import RaggedLlama
 from common import data, dist, script
 from common.script import CheckFailed, UserError
-from tests.spawn import run_ranks, run_script, values
+from tests.spawn import fork_script, run_ranks, values
 
 TINY = ["--seq-len", "16", "--batch-size", "1", "--starts", "2", "--rounds", "1", "--steps", "1"]
 NAMES = ["baseline", "prefetch", "fused", "buckets", "overlap", "compile", "accumulation"]  # of fp32
@@ -211,7 +211,7 @@ def test_all_loops_do_the_same_work() -> None:
     if importlib.util.find_spec("accelerate") is None:
         pytest.skip("needs accelerate")
     flags = ["--seq-len", "32", "--batch-size", "2", "--starts", "2", "--rounds", "1", "--dtype", "fp32"]
-    done = run_script(bench_peers.__file__, 2, flags, timeout_s=120)
+    done = fork_script(bench_peers.__file__, 2, flags, timeout_s=120)
     assert done[0].returncode == 0, done[0].stderr
     result = done[0].value
     assert result["losses_equal"] is True

@@ -16,6 +16,7 @@ from ch01_intro import checkpoint
 from ch03_ddp import elastic, survive
 from common import process
 from common.logs import Metrics
+from tests.inprocess import run_script
 
 
 def test_five_kills_and_one_in_a_save_and_a_spoilt_checkpoint_leave_no_trace() -> None:
@@ -104,7 +105,8 @@ def test_the_story_of_the_ranks() -> None:
     ],
 )
 def test_a_mistake_is_one_line(command: str, says: str) -> None:
-    done = process.run(f"python {command}", timeout_s=60)
+    script, *flags = command.split()
+    done = run_script(script, flags, timeout_s=60)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert says in done.stderr

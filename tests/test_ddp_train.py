@@ -25,7 +25,7 @@ from common import data, dist, process
 from common.logs import Metrics
 from common.script import UserError
 from tests.inprocess import run_script
-from tests.spawn import run_ranks, torchrun, values
+from tests.spawn import fork_script, run_ranks, values
 
 TRAIN = "ch03_ddp/train_ddp.py"
 END = 0
@@ -134,10 +134,11 @@ def test_every_option_computes_what_one_process_does(ranks: int) -> None:
 
 def test_the_table_has_the_names_that_a_reader_types_and_is_printed_once(tmp_path: Path) -> None:
     flags = ["--option", "loss-scaling,identity-hook", "--accumulation", "1", "--run-dir", str(tmp_path)]
-    done = torchrun("ch03_ddp/parity.py", 2, flags)
-    assert done.returncode == 0, done.stderr
-    assert done.result == json.loads((tmp_path / "result.json").read_text())
-    assert [line.split()[0] for line in done.stdout.splitlines() if " ok " in line] == ["loss-scaling", "identity-hook"]
+    done, other = fork_script("ch03_ddp/parity.py", 2, flags)
+    assert (done.returncode, other.returncode) == (0, 0), done.stderr + other.stderr
+    assert done.value == json.loads((tmp_path / "result.json").read_text())
+    said = (done.stdout + other.stdout).splitlines()
+    assert [line.split()[0] for line in said if " ok " in line] == ["loss-scaling", "identity-hook"]
 
 
 class MeanOfMeans(Plain):
@@ -172,11 +173,25 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, in_background: bool) -> No
         state["model"]["w"].zero_()  # the next step, which must not reach into what is being written
     keeper.wait()
     assert [p.name for p in checkpoint.every(tmp_path)] == [f"step-{n:08d}" for n in (2, 5, 6)]
-    assert keeper.best == ("step-00000002", 3.0)
+    assert keeper.best_before(7) == ("step-00000002", 3.0)
     if in_background:
         found = checkpoints.newest_whole(tmp_path, {"a": 1})
         assert found is not None
         assert found[2]["model"]["w"].tolist() == [6.0] * 1000
+
+
+def test_a_resume_from_an_older_checkpoint_keeps_what_it_writes(tmp_path: Path) -> None:
+    first = checkpoints.Keeper(tmp_path, {}, keep=3, in_background=False)
+    for number, loss in ((4, 3.0), (8, 2.0), (12, 1.0)):
+        first.save(number, state_of(number), loss)
+    again = checkpoints.Keeper(tmp_path, {}, keep=2, in_background=False)  # from 4: 8 and 12 are of a course it left
+    told = []
+    for number, loss in ((5, 5.0), (6, 4.0), (7, 2.5)):
+        again.save(number, state_of(number), loss)
+        told.append([p.name[-2:] for p in checkpoint.every(tmp_path)])
+    assert told == [["04", "05"], ["05", "06"], ["06", "07"]], "the best of that course is none of this one"
+    assert again.best_before(8) == ("step-00000007", 2.5)
+    assert again.best_before(7)[0] == "", "it is being written anew"
 
 
 def test_a_full_disk_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

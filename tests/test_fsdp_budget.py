@@ -288,6 +288,7 @@ def test_tensor_parallel_ranks_hold_what_chapter_2_cuts():
         ({"recompute": "all"}, "cannot recompute 'all'"),
         ({"ranks": 3, "tp": 3}, "does not divide by tp 3"),
         ({"ranks": 5, "pp": 5}, "5 stages for 4 layers"),
+        ({"strategy": "zero2", "ranks": 4, "pp": 2}, "zero2 does not go with a pipeline of 2 stages; take zero1"),
     ],
 )
 def test_what_cannot_be_is_said(given: dict[str, Any], line: str):
@@ -328,6 +329,9 @@ def test_search_is_in_order_and_all_of_it_fits():
     assert all(size <= 16 * GIB for _, _, size in found)
     assert not any(s.strategy == "replicate" and s.replicas > 1 for _, s, _ in found)  # 16 bytes x 1.2 B do not
     assert min(found, key=lambda row: row[0])[1].offload == "none"
+    assert {"zero1", "zero2", "zero3"} < {s.strategy for _, s, _ in found}
+    staged = {s.strategy for _, s, _ in plan_memory.search(made, Setting(ranks=4, pp=2, seq_len=2048), 40 * GIB)}
+    assert staged == {"full", "grad", "replicate", "zero1"}, "no engine has a pipeline with more than ZeRO-1"
 
 
 @pytest.mark.parametrize(
@@ -336,6 +340,7 @@ def test_search_is_in_order_and_all_of_it_fits():
         (["--gpu", "H900"], "no GPU 'H900'"),
         (["--gpu", "L4", "--ranks", "6", "--tp", "4"], "do not divide"),
         (["--gpu", "L4", "--strategies", "ddp"], "no strategy 'ddp'"),
+        (["--gpu", "L4", "--strategies", "full,zero3", "--pp", "2"], "zero3 does not go with a pipeline"),
         (["--memory-gib", "-1"], "not a finite number above 0"),
         (["--gpu", "L4", "--preset", "9b"], "no model '9b'"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +18,19 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ch01_intro import training
+from ch01_intro import checkpoint, training
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism import model as models
 from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import Case
-from ch04_fsdp import checkpoints, export, model, options, parity, step, weights
+from ch04_fsdp import checkpoints, export, model, options, parity, step, train_fsdp, weights
 from ch04_fsdp.shard_by_hand import FullShardByHand, GradShardByHand
 from ch04_fsdp.sharding import FSDP1_NAMES, STRATEGIES, Sharding, shard
 from ch04_fsdp.strategies import OPTIONS, RaggedLlama, Sharded, option
-from common import dist, lm
+from common import dist, lm, script
 from common.script import UserError
 from tests.inprocess import run_script
-from tests.spawn import run_ranks, values
-from tests.spawn import run_script as run_on_ranks
+from tests.spawn import fork_script, run_ranks, values
 
 TRAIN = "ch04_fsdp/train_fsdp.py"
 TOKENS = torch.arange(48).view(2, 24) * 7 % 128
@@ -110,6 +111,45 @@ def test_the_harness_sees_a_sum_and_a_wrong_norm() -> None:
     assert "2 times too large" in by_name["Summed"]
     assert by_name["OwnNorm"].startswith("grad-norm off")
     assert by_name["CountedTwice"].startswith("grad-norm off")
+
+
+def bf16_gradients() -> dict[str, tuple[float, float]]:
+    """By strategy: the smallest and the largest relative error of a parameter's gradient, of float32 in one process."""
+    with dist.session("cpu", threads=1) as ctx:
+        batches = [(TOKENS, TOKENS.roll(-1, 1)), (TOKENS.flip(0), TOKENS.roll(-3, 1))]
+        mine = [(x[ctx.rank :: ctx.world_size], y[ctx.rank :: ctx.world_size]) for x, y in batches]
+        count, found = 2 * TOKENS.numel(), {}
+        for name, dtype in (("float32", torch.float32), *((s, torch.bfloat16) for s in (*STRATEGIES, "summed"))):
+            strategy = name if name in STRATEGIES else "full"
+            sharding = Sharding(strategy, 1 if strategy.startswith("hybrid") else None, dtype)
+            built = lm.build(small(tie_word_embeddings=False), seed=1)
+            if name == "float32":
+                step.backward(built, batches, count, 1, Sharding("replicate"))
+                wanted = {name: p.grad for name, p in built.named_parameters()}
+                continue
+            wrapped = shard(built, sharding, sharding.mesh(ctx.world_size, ctx.device))
+            divided_by = ctx.world_size ** (
+                2 if name == "summed" else 1
+            )  # a sum over ranks that is no mean is so wrong
+            step.backward(wrapped, mine, count, divided_by, sharding)
+            errors = []
+            for parameter, gradient in ((n.removeprefix("module."), p.grad) for n, p in wrapped.named_parameters()):
+                whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                assert whole.dtype == torch.float32, "shards and their gradients stay float32"
+                errors.append(float((whole - wanted[parameter]).norm() / wanted[parameter].norm()))
+            found[name] = min(errors), max(errors)
+        return found
+
+
+def test_gradients_in_bf16_are_those_of_float32_but_for_rounding() -> None:
+    """bf16 has 8 bits of a number: half a unit in the last place is 0.2 %. Losses would not tell a factor of 2."""
+    for found in values(run_ranks(bf16_gradients, 2)):
+        smallest, _ = found.pop("summed")
+        assert smallest == pytest.approx(1, abs=0.03), "a planted factor of 2 is seen in every parameter"
+        assert sorted(found) == sorted(STRATEGIES)
+        for strategy, (smallest, largest) in found.items():
+            assert largest < 2e-2, strategy
+            assert smallest > 1e-4, f"{strategy}: this was not computed in 16 bits"
 
 
 def test_by_hand_computes_the_same_with_the_bytes_of_its_formula() -> None:
@@ -327,6 +367,28 @@ def resumed(folder: str, source: str, strategy: str) -> tuple[tuple[int, int], l
         return keep.load(found, inner, optimizer), list(state_of(inner, optimizer))
 
 
+def gone_back(folder: str, source: str) -> list[tuple[list[str], str]]:
+    """Saved at 4, 8 and 12, gone back to 4, and saved at 5 and 6: what there is after each, and which is the best."""
+    with dist.session("cpu", threads=1) as ctx:
+        built = model.build(source, Sharding(), ctx, seq_len=32)
+        optimizer = training.make_optimizer(built, 1e-3)
+        trained(built, Sharding(), optimizer, ctx.world_size)
+        found = []
+        for keep, saves in ((3, ((4, 3.0), (8, 2.0), (12, 1.0))), (2, ((5, 4.0), (6, 4.5)))):
+            one = keeper(folder, ctx, keep=keep)
+            for number, loss in saves:
+                one.save(number, built, optimizer, position=number, val_loss=loss)
+                found.append(([path.name for path in checkpoint.every(Path(folder))], one.best_before(99)[0]))
+        return found
+
+
+def test_a_resume_from_an_older_checkpoint_keeps_what_it_writes(folders: dict[str, Path], tmp_path: Path) -> None:
+    [found] = values(run_ranks(gone_back, 1, str(tmp_path / "checkpoints"), str(folders["tied"])))
+    four, five, six, twelve = (f"step-{number:08d}" for number in (4, 5, 6, 12))
+    assert found[2][1] == twelve
+    assert found[3:] == [([four, five], five), ([five, six], five)], "8 and 12, the best, are of a course that was left"
+
+
 @pytest.mark.parametrize(("strategy", "in_background"), [("full", False), ("hybrid", True)])
 def test_saved_on_four_ranks_and_read_on_two_and_one(
     folders: dict[str, Path], tmp_path: Path, strategy: str, in_background: bool
@@ -360,6 +422,34 @@ def test_saved_on_four_ranks_and_read_on_two_and_one(
         assert torch.equal(logits, exported(input_ids=TOKENS).logits)
 
 
+def killed_in_a_save(folder: str, source: str) -> None:
+    """Rank 1 gets SIGKILL in the background's second save: its part is written, and not yet known to be."""
+    with dist.session("cpu", threads=1) as ctx:
+        built = model.build(source, Sharding(), ctx, seq_len=32)
+        optimizer = training.make_optimizer(built, 1e-3)
+        keep = keeper(folder, ctx, in_background=True)
+        for number in (1, 2):
+            trained(built, Sharding(), optimizer, ctx.world_size)
+            if (number, ctx.rank) == (2, 1):
+                checkpoints._sha256 = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+            keep.save(number, built, optimizer, position=10 * number)
+            if number == 1:
+                keep.wait()
+        keep.wait()
+
+
+def test_a_kill_in_a_save_in_the_background_leaves_the_one_before(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, source = tmp_path / "checkpoints", str(folders["tied"])
+    ended = run_ranks(killed_in_a_save, 2, str(folder), source, timeout_s=60)
+    assert ended[1].returncode == -signal.SIGKILL, ended[1].stderr
+    assert ended[0].returncode not in (0, -signal.SIGKILL), "the other rank has noticed"
+    assert not ended[0].timed_out
+    assert sorted(path.name for path in folder.iterdir()) == [".step-00000002.partial", "step-00000001"]
+    assert list((folder / ".step-00000002.partial").glob("__1_*.distcp")), "it was killed in the save"
+    for start, _ in values(run_ranks(resumed, 2, str(folder), source, "full")):
+        assert start == (1, 10)
+
+
 # ---------------------------------------------------------------- the script and its mistakes
 
 BRIEF = [
@@ -383,7 +473,7 @@ def test_every_strategy_tells_the_same_story(tmp_path: Path) -> None:
     told = {}
     for strategy, *more in (["full"], ["grad", "--recompute", "ops"], ["replicate"]):
         out = tmp_path / strategy
-        ranks = run_on_ranks(
+        ranks = fork_script(
             TRAIN,
             2,
             [*BRIEF, "--dtype", "fp32", "--strategy", strategy, *more, "--global-batch", "8", "--out", str(out)],
@@ -420,7 +510,7 @@ def test_mixed_versions_of_torch_are_named() -> None:
     ],
 )
 def test_what_does_not_divide_is_one_line_on_every_rank(flags: str, says: str) -> None:
-    for rank in run_on_ranks(TRAIN, 2, [*BRIEF, *flags.split()]):
+    for rank in fork_script(TRAIN, 2, [*BRIEF, *flags.split()]):
         assert rank.returncode == 2
         lines = [line for line in rank.stderr.splitlines() if line.startswith("error")]
         assert len(lines) == 1, rank.stderr
@@ -448,6 +538,25 @@ def test_a_mistake_is_one_line(flags: str, says: str) -> None:
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert says in line
     assert "Traceback" not in done.stderr
+
+
+def train_into_its_own(folder: str) -> None:
+    argv = [*BRIEF, "--out", f"{folder}/{os.environ['RANK']}"]
+    script.run(lambda: train_fsdp.main([*argv, "--run-dir", f"{folder}/run"]))
+
+
+def test_an_out_that_is_not_shared_is_found_before_training(tmp_path: Path) -> None:
+    for rank in run_ranks(train_into_its_own, 2, str(tmp_path)):
+        assert rank.returncode == 2, rank.stderr
+        [line] = [line for line in rank.stderr.splitlines() if line.startswith("error")]
+        assert "rank 1 does not see in its --out what rank 0 writes to its own" in line
+        assert "Traceback" not in rank.stderr
+        assert "step" not in rank.stdout + rank.stderr
+    assert list((tmp_path / "0").iterdir()) == [], "the mark is gone"
+    (tmp_path / "file").touch()
+    for rank in fork_script(TRAIN, 2, [*BRIEF, "--out", str(tmp_path / "file")]):
+        assert rank.returncode == 2
+        assert "rank 0 cannot write to" in rank.stderr
 
 
 def test_checkpoints_of_others_are_refused(tmp_path: Path, folders: dict[str, Path]) -> None:

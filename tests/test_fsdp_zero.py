@@ -125,7 +125,7 @@ def test_each_stage_computes_what_one_process_does_and_prints_nothing() -> None:
 
 
 def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None:
-    parameters = lm.parameter_count(tiny_config())
+    parameters, again = lm.parameter_count(tiny_config()), contestants.gathered_again(tiny_config())
     for found in values(run_ranks(states_and_traffic, RANKS, timeout_s=120)):
         for name in contestants.NAMES:
             held, ideal = found[name]["held"], contestants.ideal_bytes(name, parameters, RANKS)
@@ -133,7 +133,9 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
                 assert 0.99 * promised <= held[kind] <= 1.1 * promised, (name, kind, held, promised)
             sent = sum(call.sent_bytes for call in found[name]["calls"])
             wanted = {
-                what: contestants.sent_bytes(what, summed=4 * parameters, gathered=4 * parameters, ranks=RANKS)
+                what: contestants.sent_bytes(
+                    what, summed=4 * parameters, gathered=4 * parameters, again=4 * again, ranks=RANKS
+                )
                 for what in contestants.NAMES
             }
             if name == "zero-3":  # it keeps what it uses again at once, the last layer and the tied head
@@ -142,7 +144,7 @@ def test_a_rank_holds_its_share_and_the_bytes_are_those_of_the_formula() -> None
                 assert sent == pytest.approx(wanted[name], rel=0.02), (name, sent, wanted, found[name]["calls"])
         kinds = [call.kind for call in found["fsdp-full"]["calls"]]
         units = 2 + 1  # each layer, and the embedding with the tied head
-        assert kinds.count("all_gather") == 2 * units
+        assert kinds.count("all_gather") == 2 * units - 1, "what has the head stays from forward to backward"
         assert kinds.count("reduce_scatter") == units
         assert kinds.count("all_reduce") == 1, "the norm"
 
@@ -159,6 +161,26 @@ def test_the_comparison_sees_a_gradient_that_is_twice_too_large_or_missing() -> 
         assert found["norm"] > allowed[dtype]["norm"]
     missing = compare_zero.differences(right | {"gradients": {}}, right, start)
     assert min(missing.values()) == float("inf")
+
+
+def test_a_claim_that_is_missed_fails_and_speed_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {f"{kind}_mib": 1.0 for kind in (*compare_report.KINDS, "held", "ideal", "resident", "peak", "save")}
+    fine = kinds | {
+        "over_ideal": 1.0, "sent_mib": 4.0, "formula_mib": 4.0, "collectives": 3, "save_s": 0.1, "step_ms": 900.0,
+        "tokens_per_s": 1.0, "fsdp_over_it": 0.1, "fsdp_over_it_p25": 0.1, "fsdp_over_it_p75": 0.1, "apart": {},
+    }  # fmt: skip
+    every = {"ddp": fine, "fsdp-grad": fine, "zero-3": fine | {"over_ideal": 1.25, "sent_mib": 3.0}}
+    assert compare_report.missed({"equal": True, "contestants": every}) == [], "slow, but as it should be"
+    heavy, chatty = fine | {"over_ideal": 1.2}, fine | {"sent_mib": 5.0}
+    found = compare_report.missed({"equal": False, "contestants": {"ddp": chatty, "fsdp-full": heavy}})
+    assert [line.split(":")[0] for line in found] == [
+        "the first step is not the same", "a rank of ddp sends 1.250 times the bytes of the formula",
+        "a rank of fsdp-full holds 1.200 times its share",
+    ]  # fmt: skip
+    compare_report.show({"contestants": every})
+    said = capsys.readouterr().out
+    assert "ddp over it" in said, "the first, as FSDP in full does not run"
+    assert "fsdp-full" not in said
 
 
 @pytest.mark.parametrize(

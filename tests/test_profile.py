@@ -17,6 +17,7 @@ from ch01_intro.decode import generate, generate_uncached
 from ch01_intro.roofline import COMPUTE, MEMORY, NETWORK, OVERHEAD, Ceilings, Work, classify
 from common import lm, process, profiling
 from common.script import UserError
+from tests.inprocess import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -222,7 +223,8 @@ def test_workloads(tmp_path: Path):
 
 @pytest.mark.parametrize("command", ["profile_memory.py --preset huge", "workloads.py --model nowhere"])
 def test_bad_input_is_one_line_and_exit_code_2(command: str, tmp_path: Path):
-    done = process.run(f"python ch01_intro/{command} --run-dir {tmp_path / 'run'}", timeout_s=120, env=ENV)
+    name, *flags = command.split()
+    done = run_script(f"ch01_intro/{name}", [*flags, "--run-dir", tmp_path / "run"])
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

@@ -244,7 +244,7 @@ def test_flags_that_do_not_fit(tmp_path: Path, flags: list[str], said: str) -> N
 
 def test_heads_that_do_not_divide_exit_with_2(tmp_path: Path) -> None:
     flags = ["--run-dir", str(tmp_path), "--layers", "1", "--heads", "7", "--width", "56"]
-    for rank in spawn.run_script(SCRIPT, 2, flags):
+    for rank in spawn.fork_script(SCRIPT, 2, flags):
         assert rank.returncode == 2
         assert "heads 7 does not divide by 2 ranks; make it a multiple of 2" in rank.stderr
         assert "Traceback" not in rank.stderr
@@ -252,7 +252,7 @@ def test_heads_that_do_not_divide_exit_with_2(tmp_path: Path) -> None:
 
 def test_the_script(tmp_path: Path) -> None:
     flags = ["--width", "64", "--layers", "2", "--seq-len", "32", "--steps", "3", "--by-hand"]
-    done = spawn.run_script(SCRIPT, 2, ["--run-dir", str(tmp_path), "--sequence-parallel", *flags])
+    done = spawn.fork_script(SCRIPT, 2, ["--run-dir", str(tmp_path), "--sequence-parallel", *flags])
     assert [rank.returncode for rank in done] == [0, 0], done[0].stderr
     result = done[0].value
     assert result["largest_loss_difference"] < 1e-4
