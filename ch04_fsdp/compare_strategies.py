@@ -7,8 +7,8 @@ Fewer       ... --strategies full,grad --recompute none,block,ops
 GPU node    torchrun --standalone --nproc-per-node=gpu ch04_fsdp/compare_strategies.py --preset small --batch-size 8 \
                 --seq-len 1024 --dtype bf16
 Cluster     sbatch ch03_ddp/launch/train.sbatch ch04_fsdp/compare_strategies.py --preset 1b --dtype bf16
-You see     one table. Held: grows with the copies of the model. Peak: what else was there. Sent: full gathers twice,
-            grad once, replicate never. Equal losses prove that all did the same work.
+You see     one table. Held: grows with the copies of the model. Peak: what else was there. Sent: full gathers layers
+            twice, grad once, replicate never. Equal losses prove that all did the same work.
 
 Each visit builds the model anew. The first visits count memory and messages; later ones, in an order drawn anew in each
 round, take the time. Hybrid: half of the ranks share a copy (on several nodes: those of a node).

@@ -5,8 +5,8 @@ Laptop      python ch04_fsdp/hybrid_on_two_hosts.py                 (two virtual
 More        ... --strategies full,grad,hybrid,hybrid-grad,replicate --rates 100mbit,1gbit
 Cluster     sbatch ch03_ddp/launch/train.sbatch ch04_fsdp/hybrid_on_two_hosts.py --preset 1b --dtype bf16
             (step times and the formula; a virtual host's card counts, a real one's has others' traffic too)
-You see     full-shard sends all weights through the link twice and all gradients once; hybrid sends each rank's shard
-            of the gradients, and keeps the rest inside the host. The same losses, a shorter step.
+You see     full-shard sends the layers' weights through the link twice and all gradients once; hybrid sends each
+            rank's shard of the gradients, and keeps the rest inside the host. The same losses, a shorter step.
 
 The counter is the interface's own (eth0 of each host: frames, headers, acknowledgements). Ranks of one host talk over
 its loopback interface, which is counted too. gloo's reduce-scatter is an all-reduce underneath, twice the bytes: the

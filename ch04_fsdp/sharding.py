@@ -71,8 +71,7 @@ class Sharding:
 
     @property
     def reshards(self) -> bool:
-        """Whether a layer's weights are freed after its forward pass, and gathered anew in backward. (Of layers alone:
-        the last unit stays, and what is before the first layer is not needed again. See shard.)"""
+        """Whether a layer's weights are freed after its forward pass, and gathered anew in backward."""
         return self.strategy in ("full", "hybrid")
 
     def mesh(self, world_size: int, device: torch.device, ranks_a_node: int | None = None) -> DeviceMesh:
@@ -127,8 +126,9 @@ def shard(model: nn.Module, sharding: Sharding, mesh: DeviceMesh) -> nn.Module:
     offload = OffloadPolicy() if sharding.offload == "none" else CPUOffloadPolicy(pin_memory=pinned)
     decoder, parts = model.model, units(model)
     tied = model.lm_head.weight is decoder.embed_tokens.weight
-    # Backward begins with the unit that has the head: freed after forward, it would be gathered at once, and nothing
-    # would compute meanwhile. With a tied head that is the root (which fully_shard keeps too, if it is not told).
+    # Backward begins with the unit that has the head: freed after forward, it would be gathered again after the loss,
+    # and nothing would compute meanwhile. Kept, it costs its size in the loss. With a tied head that is the root, which
+    # fully_shard keeps by itself; torchtitan and DeepSpeed keep the head as well.
     last = model if tied else parts[-1]
     for unit in [*parts, model]:  # the root last: it takes what is left
         fully_shard(

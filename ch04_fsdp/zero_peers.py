@@ -124,12 +124,16 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
 
 
 def join(launch: Launch, device: torch.device) -> ModuleType:
-    """The library, told of the ranks: it asks for torchrun's variables, which srun and python do not set."""
-    os.environ |= {
-        "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
+    """The library, told of the ranks and with torch's process group as its own."""
+    local = device.index if device.type == "cuda" else launch.local_rank  # srun may show each rank a GPU 0 of its own
+    os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
+        "RANK": str(launch.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(launch.world_size),
         "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
-    return library(device)
+    deepspeed = library(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
 
 
 def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_size: int) -> torch.Tensor:

@@ -80,8 +80,7 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
 
     deepspeed.zero.Init would do so while a model is built, but with values that depend on the stage.
     """
-    zero = zero_peers.join(ctx.launch, ctx.device)
-    zero.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    deepspeed = zero_peers.join(ctx.launch, ctx.device)
     files = weights.files_of_tensors(folder) if folder else {}
     swapper = None  # of the first: each would have buffers of its own
     for prefix, unit in [*((f"model.layers.{n}.", layer) for n, layer in enumerate(model.model.layers)), ("", model)]:
@@ -93,7 +92,7 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
             else:
                 weights.draw(whole, prefix + name, seed, model.config.initializer_range)
             _replace(unit, parameter, nn.Parameter(whole.to(precision(settings))))  # what is sharded stays in it
-        made = zero.zero.Init(module=unit, config_dict_or_path=dict(settings), param_swapper=swapper)
+        made = deepspeed.zero.Init(module=unit, config_dict_or_path=dict(settings), param_swapper=swapper)
         swapper = made.param_swapper
     weights.allocate_buffers(model, ctx.device)
     weights.initialize_buffers(model, ctx.device)

@@ -27,6 +27,7 @@ import torch.distributed as td
 
 from ch02_hardware_parallelism.schedules import Op, bubble_formula, peak_live
 from ch02_hardware_parallelism.timeline import Event, bubble, busy_s, draw, span_s
+from ch04_fsdp import zero_peers
 from ch05_deepspeed_megatron import pipeline_engine, pipeline_model
 from common import dist, lm, script
 from common.logs import get_logger
@@ -107,10 +108,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=at_least(8), default=256)
     parser.add_argument("--heads", type=at_least(1), default=4)
     parser.add_argument("--vocab", type=at_least(2), default=64, help="small: the head belongs to one stage only")
-    parser.add_argument("--batch-size", type=at_least(1), default=2, help="sequences a micro-batch")
-    parser.add_argument("--seq-len", type=at_least(2), default=128)
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="sequences a micro-batch")
+    parser.add_argument("--seq-len", type=at_least(2), default=64)
     parser.add_argument("--micro-batches", type=comma_list(at_least(1)), default=[1, 2, 4, 8], help="comma separated")
-    parser.add_argument("--repeats", type=at_least(1), default=3, help="steps, of which the least disturbed counts")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="steps, of which the least disturbed counts")
     args = parser.parse_args(argv)
     ranks = dist.read_launch().world_size
     if ranks < 2:
@@ -132,7 +133,7 @@ def config_of(args: argparse.Namespace) -> Any:
 
 
 def build(args: argparse.Namespace, ctx: dist.Context) -> Any:
-    pipeline_engine.join(ctx.device, ctx.launch)
+    zero_peers.join(ctx.launch, ctx.device)
     module = pipeline_model.build(config_of(args), ctx.world_size, "type:decoderlayer")
     pipeline_model.initialize(module, args.seed)
     settings = {"train_micro_batch_size_per_gpu": args.batch_size, "steps_per_print": None}

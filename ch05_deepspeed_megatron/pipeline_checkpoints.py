@@ -7,7 +7,6 @@ optimizer's state could not, so a run goes on with the stages that it had.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ import torch
 
 from ch01_intro import training
 from ch04_fsdp import checkpoints
-from common.logs import get_logger
 from common.script import UserError
-
-log = get_logger()
 
 
 class Keeper(checkpoints.Keeper):
@@ -29,10 +25,7 @@ class Keeper(checkpoints.Keeper):
         Raises:
             UserError: the folder cannot be written to, or the disk is full.
         """
-        partial = self.folder / f".step-{step:08d}.partial"
-        if self.ctx.is_main:
-            self._make(partial)
-        self.ctx.barrier("checkpoint folder")
+        partial = self._begin(step)
         with self._full_disk_named():
             torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
             if self.ctx.is_main:
@@ -50,24 +43,13 @@ class Keeper(checkpoints.Keeper):
         Raises:
             UserError: it is missing, corrupt, or of another run.
         """
-        if not (path / "meta.json").exists() or not list(path.glob("layer_*-model_states.pt")):
-            raise UserError(f"no checkpoint of a pipeline at {path} (meta.json or layers missing); check --resume")
-        if reason := self.fault(path):
-            raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the one before it")
-        meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-        for name, wanted in self.settings.items():
-            if (had := meta["settings"].get(name)) != wanted:
-                raise UserError(
-                    f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
-                )
+        meta = self.verified(path)
+        if not list(path.glob("layer_*-model_states.pt")):
+            raise UserError(f"{path} was not made by the pipeline's script; resume it with the one that made it")
         return meta
 
     def load(self, path: Path, meta: dict[str, Any], engine: Any) -> tuple[int, int]:  # type: ignore[override]
         """Fill the stage, the optimizer and this rank's random numbers. Returns the step, and the data's position."""
         with torch.no_grad():  # it broadcasts the tied weights themselves
             engine.load_checkpoint(str(path.parent), tag=path.name)
-        own = path / f"rng-{self.ctx.rank}.pt"
-        if own.exists():
-            training.restore_random_state(torch.load(own, weights_only=True))
-        log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
-        return meta["step"], meta["position"]
+        return self.resumed(path, meta)

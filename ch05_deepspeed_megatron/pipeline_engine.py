@@ -1,6 +1,6 @@
 """DeepSpeed's pipeline engine, with the right mean over ragged rows and the right norm to clip by.
 
-    join(ctx.device, ctx.launch)
+    zero_peers.join(ctx.launch, ctx.device)
     module = pipeline_model.build(config, stages, partition)
     engine = initialize(module, optimizer, settings)
     loss = step(engine, batch.micro_batches, batch.tokens)      # forward, backward, clip, optimizer
@@ -18,34 +18,14 @@ Two things that DeepSpeed 0.19.8 leaves to its user, or gets wrong:
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ch03_ddp.feed import Batch
-from ch04_fsdp import zero_peers
-from common.dist import Launch
-
-
-def join(device: torch.device, launch: Launch) -> ModuleType:
-    """DeepSpeed, with torch's process group as its own. Once a process, before a module is built."""
-    deepspeed = zero_peers.library(device)
-    local = device.index if device.type == "cuda" else launch.local_rank  # srun may show each rank a GPU 0 of its own
-    os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
-        "RANK": str(launch.rank), "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(launch.world_size), "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
-    }  # fmt: skip
-    deepspeed.utils.logger.setLevel("WARNING")
-    with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
-    return deepspeed
 
 
 def initialize(module: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:

@@ -64,7 +64,8 @@ def loss(logits_btv: torch.Tensor, labels: Labels) -> torch.Tensor:
     """Sum of the losses of the tokens that are not padding, over the divisor that comes with them, 0-d."""
     targets_bt, divisor = labels
     wide = logits_btv if logits_btv.dtype == torch.float64 else logits_btv.float()
-    return F.cross_entropy(wide.flatten(0, 1), targets_bt.flatten(), ignore_index=IGNORE, reduction="sum") / divisor
+    total = F.cross_entropy(wide.flatten(0, 1), targets_bt.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / divisor.to(total.dtype)  # of one type on all stages: the others get it in a message
 
 
 def specs(config: Any, norm_type: type[nn.Module] | None = None) -> list[Any]:
@@ -151,7 +152,7 @@ def build(
     norm_type: type[nn.Module] | None = None,
     loss_fn: Callable[[torch.Tensor, Labels], torch.Tensor] = loss,
 ) -> Any:
-    """This rank's stage as a PipelineModule; after pipeline_engine.join. Ranks beyond `stages` are data parallel.
+    """This rank's stage as a PipelineModule; after zero_peers.join. Ranks beyond `stages` are data parallel.
 
     Rank r is stage r // D of data replica r % D, where D = ranks / stages: what replicas send each other, gradients, is
     more than what stages do, so replicas are neighbours.

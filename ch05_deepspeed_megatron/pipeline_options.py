@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
-from ch04_fsdp import zero_peers
-from ch05_deepspeed_megatron import pipeline_model
+from ch05_deepspeed_megatron import ds_config, engine, pipeline_model
 from common import data, dist, lm, profiling
 from common.dist import Context
 from common.script import UserError, at_least
@@ -32,13 +32,12 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--partition", default="parameters", help=pipeline_model.METHODS)
     group.add_argument("--recompute-layers", type=at_least(0), help="recompute the activations of so many layers at a "
                        "time; 0: keep them (default: the config's)")  # fmt: skip
-    group.add_argument("--config", type=Path, default=CONFIG, help="DeepSpeed's; flags go before what it says")
+    group.add_argument("--deepspeed-config", type=Path, default=CONFIG, help="JSON, as DeepSpeed has it")
     args = ddp_options.check(made.parse_args(argv))
     for flag in ("async_save", "compile"):
         if getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')} is not made for a pipeline; leave it out")
     _check_ranks(args, dist.read_launch())
-    args.settings = load(args.config)
     _check_model(args)
     return args
 
@@ -57,20 +56,19 @@ def _check_ranks(args: argparse.Namespace, launch: dist.Launch) -> None:
     args.micro_batches = args.global_batch // (args.batch_size * args.replicas)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A DeepSpeed config.
+def load(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed config that --deepspeed-config names, filled and checked.
 
     Raises:
-        UserError: it cannot be read, or has what a pipeline or this script cannot take.
+        UserError: it is wrong, or has what a pipeline or this script cannot take.
     """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); pass another --config") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); correct it") from None
-    stage = found.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1):
+    path, replicas = args.deepspeed_config, args.replicas
+    known = ds_config.known_by(
+        ranks=replicas, global_batch=args.global_batch, micro_batch=args.batch_size, clip=args.clip, lr=args.lr,
+        hidden=lm.config(args.preset, args.seq_len).hidden_size, dtype=dtype,
+    )  # fmt: skip
+    found = ds_config.prepare(path, known, replicas)
+    if (stage := engine.stage_of(found)) > 1:
         raise UserError(
             f"{path} asks for ZeRO {stage}, which frees gradients or weights that a pipeline needs for its next "
             "micro-batch; take stage 0 or 1"
@@ -80,6 +78,11 @@ def load(path: Path) -> dict[str, Any]:
     for own in ("optimizer", "scheduler"):
         if own in found:
             raise UserError(f"{path} has a section {own!r}, which this script brings along; leave it out")
+    if found.get("gradient_accumulation_steps") != args.micro_batches:
+        raise UserError(f'{path}: gradient_accumulation_steps is not the {args.micro_batches} of the flags; say "auto"')
+    if dtype == torch.bfloat16 and not stage:
+        raise UserError("in bf16 DeepSpeed sums a pipeline's gradients in float32 with ZeRO 1 only; take that stage, "
+                        "or --dtype fp32")  # fmt: skip
     return found
 
 
@@ -92,19 +95,8 @@ def _check_model(args: argparse.Namespace) -> None:
         raise UserError(f"--seq-len {args.seq_len} is longer than the {longest} positions of {args.preset}; shorten it")
     launch = dist.read_launch()
     device = dist.pick_device(args.device, launch)
-    zero_peers.library(device)
+    args.settings = load(args, training.compute_dtype(args.dtype, device))
     args.parts = pipeline_model.split(config, args.stages, args.partition)
-    dtype = training.compute_dtype(args.dtype, device)
-    if str(dtype) == "torch.bfloat16" and not args.settings.get("zero_optimization", {}).get("stage"):
-        raise UserError("in bf16 DeepSpeed sums a pipeline's gradients in float32 with ZeRO 1 only; take that stage, "
-                        "or --dtype fp32")  # fmt: skip
-    args.settings |= {
-        "train_micro_batch_size_per_gpu": args.batch_size,
-        "gradient_accumulation_steps": args.micro_batches,
-        "gradient_clipping": args.clip,
-        "bf16": {"enabled": str(dtype) == "torch.bfloat16"},
-    }
-    args.settings.pop("train_batch_size", None)  # their product
     if args.recompute_layers is None:
         args.recompute_layers = args.settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
 

@@ -16,6 +16,7 @@ from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, share
 from ch03_ddp.feed import IGNORE
 from ch03_ddp.strategies import token_count
+from ch04_fsdp import zero_peers
 from ch05_deepspeed_megatron import pipeline_engine, pipeline_model
 from common import dist
 
@@ -33,7 +34,7 @@ class Pipeline(Strategy):
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
         self.comm = comm
         first = next(model.parameters())
-        pipeline_engine.join(first.device, dist.read_launch())
+        zero_peers.join(dist.read_launch(), first.device)
         self.module = pipeline_model.build(
             model.config, self.stages, self.partition, checkpoint_every=self.checkpoint_every, dynamic_shape=True,
             norm_type=nn.RMSNorm, loss_fn=self.loss_fn,
@@ -136,16 +137,17 @@ class LossNotDivided(Pipeline):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.engine._backward_prologue_per_tensor = lambda gradient: gradient
+        count, last = self.engine.gradient_accumulation_steps, self.engine.is_last_stage()
+        self.engine._backward_prologue_per_tensor = lambda gradient: gradient * count() if last else gradient
 
 
 class DividedInEveryStage(Pipeline):
-    """DeepSpeed before its pull request 8154: each stage divided by micro-batches what the last one had divided."""
+    """DeepSpeed before its pull request 8154: each stage divided again what the last one had divided."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        engine = self.engine
-        engine._backward_prologue_per_tensor = lambda gradient: gradient / engine.gradient_accumulation_steps()
+        count, last = self.engine.gradient_accumulation_steps, self.engine.is_last_stage()
+        self.engine._backward_prologue_per_tensor = lambda gradient: gradient if last else gradient / count()
 
 
 class TiedNotSummed(Pipeline):

@@ -30,7 +30,7 @@ from ch03_ddp import preemption
 from ch03_ddp.feed import IGNORE, Batch
 from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
-from ch04_fsdp import export, weights
+from ch04_fsdp import export, weights, zero_peers
 from ch04_fsdp.options import agree
 from ch05_deepspeed_megatron import pipeline_engine, pipeline_model, pipeline_options
 from ch05_deepspeed_megatron.pipeline_checkpoints import Keeper
@@ -101,7 +101,7 @@ class PipelineReport(Report):
 
 def build(args: argparse.Namespace, ctx: dist.Context) -> Any:
     """The engine around this rank's stage, with the weights of a preset's seed or of a model folder."""
-    pipeline_engine.join(ctx.device, ctx.launch)
+    zero_peers.join(ctx.launch, ctx.device)
     config = lm.config(args.preset, args.seq_len)
     config.attention_dropout, config.dtype = args.dropout, torch.float32
     module = pipeline_model.build(config, args.stages, args.partition, checkpoint_every=args.recompute_layers)

@@ -61,7 +61,7 @@ def beside_one_process(folder: Path) -> dict[str, Any]:
     """On each rank: a clipped step of SGD with DeepSpeed's norm and with ours, and of ZeRO 1, beside one process's."""
     found: dict[str, Any] = {}
     with dist.session("cpu") as ctx:
-        pipeline_engine.join(ctx.device, ctx.launch)
+        zero_peers.join(ctx.launch, ctx.device)
         batches = ragged()
         tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
         for kind in ("tied", "untied", "zero-1", "deepspeed"):
@@ -151,10 +151,12 @@ def test_the_harness_names_each_planted_bug() -> None:
     outcomes = harness.check(list(PLANTED.values()), [case], RaggedLlama(), timeout_s=120)
     said = dict(zip(PLANTED, outcomes, strict=True))
     assert not any(outcome.ok or outcome.skipped for outcome in outcomes)
-    assert set(said["loss-not-divided"].factors.values()) == {pytest.approx(4, rel=1e-4)}
+    four_times = list(said["loss-not-divided"].factors.values())
+    assert four_times == pytest.approx([4] * len(four_times), rel=1e-4)
+    assert len(four_times) > 10
     before = said["divided-in-every-stage"].factors  # of the first stage alone: once too often
     assert before
-    assert set(before.values()) == {pytest.approx(0.25, rel=1e-4)}
+    assert list(before.values()) == pytest.approx([0.25] * len(before), rel=1e-4)
     assert "model.norm.weight" not in before
     assert set(said["tied-not-summed"].wrong) == {"model.embed_tokens.weight"}
     assert said["mean-of-means"].gradient_error > 1e-3
@@ -208,12 +210,12 @@ BAD = {
     "is not a regular expression": ["--partition", "type:("],
     "is longer than the": ["--seq-len", "64", "--preset", "{model}"],
     "--compile is not made for a pipeline": ["--compile"],
-    "asks for ZeRO 2": ["--config", "{zero2}"],
-    "enables fp16": ["--config", "{fp16}"],
-    "has a section 'optimizer'": ["--config", "{optimizer}"],
-    "is not JSON": ["--config", "{broken}"],
-    "cannot read": ["--config", "{missing}"],
-    "with ZeRO 1 only": ["--config", "{zero0}", "--dtype", "bf16"],
+    "asks for ZeRO 2": ["--deepspeed-config", "{zero2}"],
+    "enables fp16": ["--deepspeed-config", "{fp16}"],
+    "has a section 'optimizer'": ["--deepspeed-config", "{optimizer}"],
+    "is not JSON": ["--deepspeed-config", "{broken}"],
+    "cannot read": ["--deepspeed-config", "{missing}"],
+    "with ZeRO 1 only": ["--deepspeed-config", "{zero0}", "--dtype", "bf16"],
 }
 
 
@@ -225,11 +227,12 @@ def test_bad_input_is_found_before_a_rank_builds(said: str, tmp_path: Path, monk
         "zero2": {"zero_optimization": {"stage": 2}},
         "zero0": {},
         "fp16": {"fp16": {"enabled": True}},
-        "optimizer": {"optimizer": {}},
+        "optimizer": {"optimizer": {"type": "AdamW"}},
     }
     paths = {name: tmp_path / f"{name}.json" for name in (*files, "broken", "missing")}
     for name, text in files.items():
-        paths[name].write_text(json.dumps(text))
+        batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+        paths[name].write_text(json.dumps(batch | text))
     paths["broken"].write_text("{")
     config = tiny_config(tied=True)
     config.max_position_embeddings = 32
