@@ -38,20 +38,23 @@ class ZeroJob(Job):
         return [*super().command(ranks, flags), "--deepspeed-config", str(self.config)]
 
     def preempt(self, ranks: int, at: int) -> dict:
-        """SIGTERM to the launcher once `at` steps are done, as a scheduler sends it. The RESULT."""
-        deadline = time.monotonic() + self.args.timeout_s
+        """SIGTERM to the ranks once `at` steps are done, as Slurm sends it. The RESULT."""
+        begun, deadline = self.losses_file(), time.monotonic() + self.args.timeout_s
         with Child(self.command(ranks, ())) as child:
-            while len(self.losses()) < at:
+            while self.losses_file() == begun or len(self.losses()) < at:
                 self._still_there(child, deadline, f"step {at}")
                 time.sleep(0.01)
-            for process in child.tree():  # Slurm tells all of them; torchrun alone would tell its ranks, and not wait
-                if self.script in " ".join(process.cmdline()) and "torchrun" not in " ".join(process.cmdline()):
+            for process in child.tree():  # not the launcher, which would give them 30 s and then fail
+                words = " ".join(process.cmdline())
+                if self.script in words and "torchrun" not in words:
                     process.send_signal(signal.SIGTERM)
-            return self._result(child.wait(self.args.timeout_s))
+            done = child.wait(self.args.timeout_s)
+        self.last_error = done.stderr
+        return self._result(done)
 
 
-def kill_and_spoil(job: ZeroJob, args: argparse.Namespace) -> dict:
-    """Kills at random steps, then one in the third save; the newest whole checkpoint spoilt; then to the end."""
+def suffer(job: ZeroJob, args: argparse.Namespace) -> dict:
+    """Kills at random steps, one in the third save; the newest whole checkpoint spoilt; SIGTERM; then to the end."""
     moments = sorted(random.Random(args.seed).sample(range(2, 2 * args.save_every), args.kills))
     for moment in moments:
         job.kill_when(lambda at=moment: len(job.losses()) >= at, f"step {moment}", args.ranks)
@@ -61,11 +64,15 @@ def kill_and_spoil(job: ZeroJob, args: argparse.Namespace) -> dict:
     kept = job.checkpoints()
     log.info("killed -9 in a save" if in_save else "the save was quicker", whole_checkpoints=len(kept))
     spoil(next((kept[-1] / checkpoints.TAG).glob("*zero_pp_rank_1_*optim_states.pt")))
+    left = job.preempt(args.ranks, args.steps // 2)
+    named = f"{kept[-1].name} is corrupt" in job.last_error
+    log.info("told to stop", after_step=left["steps"])
     ended = job.finish(args.ranks)
     return {
         "killed_in_a_save": in_save,
-        "spoilt_checkpoint_named": f"{kept[-1].name} is corrupt" in job.last_error,
-        "resumed_before_the_spoilt": ended["resumed_at_step"] < int(kept[-1].name.split("-")[1]),
+        "spoilt_checkpoint_named": named,
+        "resumed_before_the_spoilt": left["resumed_at_step"] < int(kept[-1].name.split("-")[1]),
+        "preempted_and_resumed": left["preempted"] and ended["resumed_at_step"] == left["steps"],
         "weights_sha256": ended["weights_sha256"],
     }
 
@@ -98,17 +105,13 @@ def main(argv: list[str] | None = None) -> dict:
     result: dict = {"stages": args.stages, "kills": args.kills + 1}
     try:
         for stage in args.stages:
-            alone, killed = (ZeroJob(folder / f"{what}-{stage}", args, stage) for what in ("alone", "killed"))
+            alone, job = (ZeroJob(folder / f"{what}-{stage}", args, stage) for what in ("alone", "killed"))
             whole = alone.finish(args.ranks)
-            left = ZeroJob(folder / f"left-{stage}", args, stage)
-            told = left.preempt(args.ranks, args.steps // 2)
-            came_back = left.finish(args.ranks)
-            found = kill_and_spoil(killed, args)
+            found = suffer(job, args)
             found |= {
-                "losses_equal": killed.losses() == alone.losses() == left.losses(),
-                "weights_equal": found["weights_sha256"] == came_back["weights_sha256"] == whole["weights_sha256"],
-                "sequences_equal": killed.samples() == alone.samples() == left.samples(),
-                "preempted_and_resumed": told["preempted"] and came_back["resumed_at_step"] == told["steps"],
+                "losses_equal": job.losses() == alone.losses(),
+                "weights_equal": found["weights_sha256"] == whole["weights_sha256"],
+                "sequences_equal": job.samples() == alone.samples(),
             }
             run.log(stage=stage, **found)
             print(f"stage {stage}: " + ", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
