@@ -32,6 +32,14 @@ def stage_of(settings: Settings) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def precision(settings: Settings) -> torch.dtype:
+    """Of the weights that compute, and of their gradients."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if settings.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
 def device_of(settings: Settings, what: str) -> str:
     """Where "optimizer" or "param" is offloaded to: none, cpu or nvme."""
     return str((settings.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none"))
@@ -84,7 +92,7 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
                 _read(whole, prefix + name, files, folder)
             else:
                 weights.draw(whole, prefix + name, seed, model.config.initializer_range)
-            _replace(unit, parameter, nn.Parameter(whole))
+            _replace(unit, parameter, nn.Parameter(whole.to(precision(settings))))  # what is sharded stays in it
         made = deepspeed.zero.Init(module=unit, config_dict_or_path=dict(settings), param_swapper=swapper)
         swapper = made.param_swapper
     weights.allocate_buffers(model, ctx.device)

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
@@ -85,10 +83,3 @@ def of_a_resume(args: argparse.Namespace, corpus: Any, ctx: dist.Context, settin
         "dtype": str(training.compute_dtype(args.dtype, ctx.device)),
         "optimizer": settings.get("optimizer"),
     }
-
-
-def precision(settings: engine.Settings) -> torch.dtype:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if settings.get(name, {}).get("enabled"):
-            return dtype
-    return torch.float32

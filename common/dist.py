@@ -70,9 +70,8 @@ def read_launch(env: dict[str, str] | None = None) -> Launch:
         # with a master elsewhere there is one a node.
         one_host = address in ("127.0.0.1", "localhost", "::1")
         defaults = {"LOCAL_RANK": env.get("RANK", "0") if one_host else "0"}
-        local_world = env.get(
-            "LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1") if one_host or "LOCAL_RANK" in env else "1"
-        )
+        everywhere = env.get("WORLD_SIZE", "1") if one_host or "LOCAL_RANK" in env else "1"
+        local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or everywhere  # the latter by `deepspeed`
     elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun for its tasks, and not in a batch script itself
         names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
         defaults = {}

@@ -35,6 +35,13 @@ def test_launch_of_torchrun() -> None:
     assert read_launch(env) == dist.Launch("torchrun", 5, 1, 8, 4, "node0", 1234)
 
 
+def test_launch_of_deepspeed() -> None:
+    """It says LOCAL_SIZE, and with two hosts of a rank each a job must not take itself for one of a single host."""
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": "1", "CROSS_SIZE": "2",
+           "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}  # fmt: skip
+    assert read_launch(env) == dist.Launch("torchrun", 1, 0, 2, 1, "host0", 1234)
+
+
 @pytest.mark.parametrize(
     ("env", "local_ranks", "threads"),
     [
