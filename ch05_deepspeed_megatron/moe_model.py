@@ -31,7 +31,7 @@ from torch import nn
 
 from ch01_intro import training
 from ch04_fsdp import zero_peers
-from common import lm
+from common import lm, profiling
 from common.dist import Context
 from common.script import UserError
 
@@ -81,7 +81,8 @@ class Experts:
             raise UserError(f"--experts {self.experts} leaves the gate nothing to choose; take 2 or more")
         if self.experts % self.ep_size:
             raise UserError(
-                f"--experts {self.experts} are no multiple of --ep-size {self.ep_size}; each rank holds as many: change one"
+                f"--experts {self.experts} are no multiple of --ep-size {self.ep_size}, and each rank holds as many; "
+                "change one"
             )
         if self.noise == "RSample" and self.top_k == 2:
             raise UserError(
@@ -242,6 +243,33 @@ def sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_memory(config: Any, spec: Experts, ctx: Context) -> None:
+    """Before anything is allocated: 16 bytes a parameter that a rank holds, without ZeRO's savings.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    layers = config.num_hidden_layers // spec.every
+    more = spec.experts // spec.ep_size - 1 + spec.residual
+    held = lm.parameter_count(config) + layers * more * 3 * config.hidden_size * config.intermediate_size
+    need = 16 * held * (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1)
+    if need > (free := profiling.available_memory(ctx.device)):
+        raise UserError(
+            f"{held:,} parameters a rank take {need / 2**30:.0f} GiB for weights, gradients and optimizer, and "
+            f"{free / 2**30:.0f} GiB are free; take fewer --experts, a larger --ep-size or a smaller --preset"
+        )
+    ctx.barrier("memory checked")  # none allocates before all have looked
+
+
+def flops_per_token(config: Any, spec: Experts, seq_len: int) -> float:
+    """As profiling.flops_per_token, with the experts that a token meets, dropped or not."""
+    more = spec.top_k - 1 + spec.residual
+    layers = config.num_hidden_layers // spec.every
+    return profiling.flops_per_token(config, seq_len) + 6.0 * layers * more * 3 * config.hidden_size * (
+        config.intermediate_size
+    )
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -67,8 +67,8 @@ def update(engine: Any, max_norm: float) -> torch.Tensor:
     return torch.as_tensor(engine.get_global_grad_norm())
 
 
-def settings_of_a_stage(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without ZeRO we clip ourselves, see clip_without_zero: DeepSpeed is then told not to."""
+def without_its_clipping(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings to initialize with. Without ZeRO we clip, see clip_without_zero, and DeepSpeed must not."""
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     return settings if stage else settings | {"gradient_clipping": 0.0}
 
@@ -80,8 +80,13 @@ def clip_without_zero(engine: Any, max_norm: float) -> torch.Tensor:
     holds (deepspeed.runtime.utils.clip_grad_norm_): sqrt(shared^2 + own experts^2). The norm is
     sqrt(shared^2 + all experts^2), larger by up to sqrt(ep_size): steps come out too large, and get_global_grad_norm()
     stays None. Stages 1 and 2 add up squares over all ranks, each of which has its own partition: right.
+
+    Args:
+        max_norm: 0: the gradients stay as they are.
     """
     norm = norm_without_zero(engine.module)
+    if not max_norm:
+        return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for parameter in engine.module.parameters():
         if parameter.grad is not None:

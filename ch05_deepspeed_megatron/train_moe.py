@@ -3,7 +3,7 @@
 You learn   what a mixture of experts adds to a training: a gate and its balancing loss, capacity and dropped tokens,
             two all-to-alls a layer, gradients of which each kind is summed over other ranks, a norm that knows it
 Laptop      torchrun --standalone --nproc-per-node=2 ch05_deepspeed_megatron/train_moe.py --ep-size 2
-Options     ... train_moe.py --experts 8 --top-k 2 --residual; --no-drop-tokens; --stage 2; --aux-weight 0 (see the load)
+Options     ... train_moe.py --experts 8 --top-k 2 --residual; --no-drop-tokens; --stage 2; --aux-weight 0
 GPU node    torchrun --standalone --nproc-per-node=gpu ch05_deepspeed_megatron/train_moe.py --preset small --experts 8 \
                 --ep-size 2 --top-k 2 --batch-size 16 --seq-len 1024 --lr 6e-4
 Cluster     sbatch ch03_ddp/launch/train.sbatch ch05_deepspeed_megatron/train_moe.py --preset 1b --experts 8 --ep-size 8
@@ -29,7 +29,7 @@ from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
 from ch05_deepspeed_megatron import ds_config, moe_model, moe_step
 from ch05_deepspeed_megatron.moe_model import Experts
-from common import data, dist, lm, script
+from common import data, dist, lm, profiling, script
 from common.dist import Context
 
 CONFIG = Path(__file__).with_name("configs") / "moe.json"
@@ -90,6 +90,7 @@ def settings_of(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
         hidden=lm.config(args.preset).hidden_size, dtype=training.compute_dtype(args.dtype, ctx.device),
     )  # fmt: skip
     settings = ds_config.prepare(args.config, known, ctx.world_size)
+    settings.setdefault("gradient_clipping", args.clip)  # DeepSpeed's own default is 1
     zero = settings.setdefault("zero_optimization", {})
     zero["stage"] = zero.get("stage", 0) if args.stage is None else args.stage
     if zero["stage"] > 2:
@@ -100,7 +101,7 @@ def settings_of(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
         )
     if "optimizer" in settings:
         raise script.UserError(f"{args.config}: the optimizer is chapter 1's AdamW here; leave out the section")
-    return moe_step.settings_of_a_stage(settings)
+    return settings
 
 
 def check_validation(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> None:
@@ -211,9 +212,10 @@ def main(argv: list[str] | None = None) -> dict:
         check_validation(args, corpus, ctx)
         config = lm.config(args.preset, args.seq_len)
         config.attention_dropout = args.dropout
+        moe_model.check_memory(config, spec, ctx)
         model = moe_model.build(config, spec, ctx.device, seed=args.seed)
         optimizer = moe_model.optimizer(model, args.lr)
-        engine = moe_model.initialize(model, optimizer, settings, ctx)
+        engine = moe_model.initialize(model, optimizer, moe_step.without_its_clipping(settings), ctx)
         script.seed_everything(args.seed + 1 + ctx.rank)
         feed = open_feed(args, corpus, ctx, 0)
         report = MoEReport(model, args, corpus, ctx, out, 0, None)
@@ -229,13 +231,15 @@ def main(argv: list[str] | None = None) -> dict:
                 )
                 report.note(balance)
             with report.timer.phase("optimizer"):
-                moe_step.update(engine, args.clip)
+                moe_step.update(engine, settings["gradient_clipping"])
             report.step(number, loss, lr, batch)
         counts = moe_model.parameter_counts(model)
         result = report.finish(model, preempted=False)
         if ctx.is_main:
             draw_load(report, run.path("load.png"))
-            result |= counts | report.result() | {"mfu": None, "stage": engine.zero_optimization_stage()}
+            dense = profiling.flops_per_token(config, args.seq_len)
+            mfu = result["mfu"] and result["mfu"] * moe_model.flops_per_token(config, spec, args.seq_len) / dense
+            result |= counts | report.result() | {"mfu": mfu, "stage": engine.zero_optimization_stage()}
             result |= {"experts": spec.experts, "ep_size": spec.ep_size, "top_k": spec.top_k}
         ctx.barrier("report written")
         return result
