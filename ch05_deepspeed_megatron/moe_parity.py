@@ -13,6 +13,10 @@ You see     chapter 2's table for each problem; the two faults at its end, named
 The divisor. A rank's loss is its tokens' sum x ranks / tokens of the step. An expert gets the tokens of its whole
 expert-parallel group, so its gradient on one rank already is a sum over ep_size ranks; the all-reduce adds up the other
 groups. Everything is in it once, and it must be divided by all ranks, like any gradient: not by those that reduce it.
+DeepSpeed did the latter (issue 6545: ep_size times too large); 0.19.8 is right in stages 0, 1 and 2, for any ep_size.
+PyTorch had the same with FSDP2 (issue 160285).
+
+The norm. Stages 1 and 2 add up squares over all ranks: each expert once. Stage 0 averages over ranks, see moe_step.py.
 
 What can be compared. Without drops a token's way depends on the token alone: any split of the batch gives the same
 (problem top2-whole: the reference sees the batch whole). The balancing loss is a product of two means over a rank's

@@ -77,7 +77,7 @@ def clip_without_zero(engine: Any, max_norm: float) -> torch.Tensor:
     """THE CORRECTION of stage 0: scale gradients so that their norm over all ranks and experts is at most max_norm.
 
     Without ZeRO, DeepSpeed 0.19.8 clips by the mean over the ranks of what each computes from the gradients that it
-    holds (deepspeed.runtime.utils.clip_grad_norm_): sqrt(shared^2 + own experts^2). The norm is
+    holds (deepspeed.runtime.utils.clip_grad_norm_, its issue 8475): sqrt(shared^2 + own experts^2). The norm is
     sqrt(shared^2 + all experts^2), larger by up to sqrt(ep_size): steps come out too large, and get_global_grad_norm()
     stays None. Stages 1 and 2 add up squares over all ranks, each of which has its own partition: right.
 

@@ -146,7 +146,7 @@ class ExpertParallel(Strategy):
         self.engine.communication_data_type = next(self.model.parameters()).dtype  # its config knows no float64
         if self.fault == "divided-by-copies":
             whole = self.engine.allreduce_no_retain
-            # BUG: the divisor is left to the group that reduces. fix: all ranks, as DeepSpeed has it since 0.14.3
+            # BUG: the divisor is left to the group that reduces, as in DeepSpeed's issue 6545. fix: all ranks
             self.engine.allreduce_no_retain = lambda bucket, dp_group, numel_per_bucket, dp_world_size: whole(
                 bucket, dp_group, numel_per_bucket
             )
