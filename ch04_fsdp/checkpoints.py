@@ -65,10 +65,7 @@ class Keeper(ddp_checkpoints.Keeper):
             UserError: the folder cannot be written to, or the disk is full; also on account of the save before it.
         """
         self.wait()
-        partial = self.folder / f".step-{step:08d}.partial"
-        if self.ctx.is_main:
-            self._make(partial)
-        self.ctx.barrier("checkpoint folder")
+        partial = self._begin(step)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         write = dcp.async_save if self.in_background else dcp.save
         with self._full_disk_named():
@@ -82,6 +79,14 @@ class Keeper(ddp_checkpoints.Keeper):
             self._thread.start()
         else:
             self._write(*saved)
+
+    def _begin(self, step: int) -> Path:
+        """An empty folder, in which all ranks may write."""
+        partial = self.folder / f".step-{step:08d}.partial"
+        if self.ctx.is_main:
+            self._make(partial)
+        self.ctx.barrier("checkpoint folder")
+        return partial
 
     def _make(self, partial: Path) -> None:
         try:
@@ -112,7 +117,8 @@ class Keeper(ddp_checkpoints.Keeper):
             with self._full_disk_named():
                 pending.result()
         hashes: list[dict[str, str]] = [{} for _ in range(self.ctx.world_size)]
-        dist.all_gather_object(hashes, {path.name: _sha256(path) for path in self._own_files(partial)}, self.group)
+        own = {str(path.relative_to(partial)): _sha256(path) for path in self._own_files(partial)}
+        dist.all_gather_object(hashes, own, self.group)
         if self.ctx.is_main:
             meta = {
                 "step": step, "position": position, "settings": self.settings, "ranks": self.ctx.world_size,
@@ -121,7 +127,7 @@ class Keeper(ddp_checkpoints.Keeper):
             }  # fmt: skip
             with (partial / "meta.json").open("w") as file:
                 json.dump(meta | {"sha256": _described(meta)}, file)
-            for path in [*partial.iterdir(), partial]:
+            for path in [*partial.rglob("*"), partial]:
                 sync(path)
             final = self.folder / f"step-{step:08d}"
             if final.exists():
@@ -178,13 +184,28 @@ class Keeper(ddp_checkpoints.Keeper):
         Raises:
             UserError: it is missing, corrupt, or of another run.
         """
+        meta = self.verified(path)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
+        except (CheckpointException, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit this model ({_reason(error)}); it is of another one") from None
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return self.resumed(path, meta)
+
+    def verified(self, path: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself, after all ranks have looked at its files.
+
+        Raises:
+            UserError: it is missing, corrupt, or of another run.
+        """
         if (path / "state.pt").exists():
             raise UserError(f"{path} is not sharded: it was made by chapter 1's or 3's script; resume it there")
         if not (path / "meta.json").exists():
             raise UserError(f"no checkpoint at {path} (meta.json is missing); check --resume")
         if reason := self.fault(path):
             raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the one before it")
-        meta = json.loads((path / "meta.json").read_text())
+        meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
         for name, wanted in self.settings.items():
             if (had := meta["settings"].get(name)) != wanted:
                 raise UserError(
@@ -192,12 +213,10 @@ class Keeper(ddp_checkpoints.Keeper):
                 )
         if meta["torch"] != torch.__version__:
             log.warning(f"{path} was saved by torch {meta['torch']}, this is {torch.__version__}")
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.group)
-        except (CheckpointException, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit this model ({_reason(error)}); it is of another one") from None
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return meta
+
+    def resumed(self, path: Path, meta: dict[str, Any]) -> tuple[int, int]:
+        """This rank's random numbers go on too. Returns the step, and the data's position."""
         own = path / f"rng-{self.ctx.rank}.pt"
         if own.exists():  # a rank that was not there keeps the stream it was seeded with
             training.restore_random_state(torch.load(own, weights_only=True))

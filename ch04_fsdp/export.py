@@ -87,14 +87,25 @@ def write_folder(
     return total
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, ctx: Context) -> None:
-    """The same of a model in training. A collective: rank 0 writes, all take part in gathering one tensor at a time."""
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    ctx: Context,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
+    """The same of a model in training. A collective: rank 0 writes, all take part in gathering one tensor at a time.
+
+    Args:
+        tensors: name and whole value of each parameter, gathered as the iteration comes to it (default: of FSDP).
+    """
+    tensors = weights.whole_parameters(model) if tensors is None else tensors
     if ctx.is_main:
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        write_folder(folder, model.config, tokenizer, weights.whole_parameters(model))
+        write_folder(folder, model.config, tokenizer, tensors)
         log.info("saved the model", folder=folder)
     else:
-        for _ in weights.whole_parameters(model):
+        for _ in tensors:
             pass
     ctx.barrier("model saved")
 

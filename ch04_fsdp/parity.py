@@ -80,7 +80,16 @@ def main(argv: list[str] | None = None) -> dict:
     if max(args.ranks) > 8:
         raise script.UserError(f"--ranks {max(args.ranks)} is more than this is made for; take 1 to 8")
     script.start(__file__, args)
-    outcomes = compare(args, options)
+    return verdict(compare(args, options))
+
+
+def verdict(outcomes: list[Outcome]) -> dict:
+    """Print the table, and what is wrong in words. Returns the RESULT.
+
+    Raises:
+        UserError: nothing could be compared.
+        CheckFailed: a comparison differs from one process.
+    """
     done = [outcome for outcome in outcomes if not outcome.skipped]
     wrong = [outcome for outcome in done if not outcome.ok]
     if dist.read_launch().rank == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.device | Non
     if disk.of(model) is None:
         model.to_empty(device=device)
     else:  # its parameters have their place in a file
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
+        allocate_buffers(model, device)
     if not isinstance(model, FSDPModule):  # each place of a tied parameter got memory of its own
         model.tie_weights()  # type: ignore[operator]
     initialize_buffers(model, compute or device)
+
+
+def allocate_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 @torch.no_grad()
@@ -61,18 +65,21 @@ def initialize(model: nn.Module, seed: int) -> None:
 
     Each rank draws the whole of one parameter at a time and keeps its rows. Norms are 1 and biases 0, as in Llama.
     """
-    std = model.config.initializer_range
     for name, parameter in disk.visited(model, changed=True):
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
         # Where the ranks compute, also if shards are offloaded: a GPU draws other numbers than a CPU.
         device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
-        generator = torch.Generator(device).manual_seed(number)
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        whole.normal_(0.0, std, generator=generator)
+        draw(whole, name, seed, model.config.initializer_range)
         parameter.copy_(_shard_like(whole, parameter))
+
+
+def draw(whole: torch.Tensor, name: str, seed: int, std: float) -> None:
+    """The initial value of one whole parameter, in place."""
+    if whole.dim() < 2:
+        whole.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    whole.normal_(0.0, std, generator=torch.Generator(whole.device).manual_seed(number))
 
 
 def _shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -186,8 +193,13 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def sha256(model: nn.Module) -> str:
     """common.lm.weights_sha256 of the whole model, however it is sharded."""
+    return sha256_of(whole_parameters(model))
+
+
+def sha256_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """common.lm.weights_sha256 of parameters that come one after another, by name in sorted order."""
     digest = hashlib.sha256()
-    for name, whole in whole_parameters(model):
+    for name, whole in named:
         digest.update(name.encode())
         digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,11 +19,14 @@ differ: in bf16 DeepSpeed keeps a rank's gradients in bf16 until they are summed
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +37,7 @@ from torch import nn
 from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import Batch
 from common import data
-from common.dist import Context
+from common.dist import Context, Launch
 from common.script import UserError
 
 STAGES = (1, 2, 3)
@@ -51,7 +54,7 @@ def library(device: torch.device) -> ModuleType:
         raise UserError("deepspeed is not installed; run make setup, or pip install deepspeed==0.19.8")
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else it takes the GPU that it finds; read once, when it is imported
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(data.cache_dir() / "torch_extensions"))  # what others have built
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir(device)))
     with contextlib.redirect_stdout(sys.stderr):  # its log handler keeps the stream of this moment; ours ends in RESULT
         import deepspeed
     # At its start it would compile an all-reduce through shared memory for inference on CPUs. Training does not use it.
@@ -59,6 +62,16 @@ def library(device: torch.device) -> ModuleType:
     # It calls collectives by the names that they had before torch 2.13, once a message.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _extensions_dir(device: torch.device) -> Path:
+    """For what DeepSpeed compiles: of this Python, torch, DeepSpeed and processor (it compiles for the very one)."""
+    versions = [platform.python_version(), torch.__version__, metadata.version("deepspeed"), device.type]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        versions += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    key = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
+    return data.cache_dir() / "torch_extensions" / key
 
 
 def config(
@@ -119,13 +132,17 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     A model that is too large for that is built inside deepspeed.zero.Init (chapter 5). DeepSpeed keeps the process
     groups that it finds first for as long as the process lives: one dist.session a process.
     """
-    deepspeed, launch = library(ctx.device), ctx.launch
-    os.environ |= {  # it asks for torchrun's variables, which srun and python do not set
+    engine, *_ = join(ctx.launch, ctx.device).initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def join(launch: Launch, device: torch.device) -> ModuleType:
+    """The library, told of the ranks: it asks for torchrun's variables, which srun and python do not set."""
+    os.environ |= {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
         "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
+    return library(device)
 
 
 def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_size: int) -> torch.Tensor:
@@ -153,9 +170,13 @@ def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_siz
 
 
 def update(engine: Any) -> torch.Tensor:
-    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank."""
+    """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank.
+
+    In stage 0 it is NaN: there DeepSpeed keeps it to itself.
+    """
     engine.step()
-    return torch.as_tensor(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(float("nan") if norm is None else norm)
 
 
 def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
