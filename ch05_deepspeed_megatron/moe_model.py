@@ -32,7 +32,7 @@ from torch import nn
 from ch01_intro import training
 from ch04_fsdp import zero_peers
 from common import lm, profiling
-from common.dist import Context
+from common.dist import Context, Launch
 from common.script import UserError
 
 NOISE = ("none", "Jitter", "RSample")
@@ -214,10 +214,13 @@ def parameter_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in split(named_groups) if group["params"]]
 
 
-def initialize(model: nn.Module, made: torch.optim.Optimizer, settings: dict[str, Any], ctx: Context) -> Any:
+def initialize(
+    model: nn.Module, made: torch.optim.Optimizer, settings: dict[str, Any], launch: Launch, device: torch.device
+) -> Any:
     """A DeepSpeedEngine. What DeepSpeed prints about its groups goes where logs go."""
     with contextlib.redirect_stdout(sys.stderr):
-        return zero_peers.initialize(model, made, settings, ctx)
+        library = zero_peers.join(launch, device)
+        return library.initialize(model=model, optimizer=made, config=settings)[0]
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

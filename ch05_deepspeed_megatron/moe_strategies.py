@@ -19,7 +19,6 @@ from ch05_deepspeed_megatron import moe_model, moe_step
 from ch05_deepspeed_megatron.moe_model import Experts, SparseMLP
 from ch05_deepspeed_megatron.moe_reference import OneProcessMoE
 from common import dist
-from common.dist import Context
 from common.script import UserError
 
 AUX_WEIGHT = 0.1
@@ -108,20 +107,35 @@ class ExpertParallel(Strategy):
     fault = ""
 
     def __init__(self, model: nn.Module, comm: Comm, make_optimizer: MakeOptimizer) -> None:
-        self.model, self.comm, self.make_optimizer = model, comm, make_optimizer
-        self.device = next(model.parameters()).device
-        zero_peers.library(self.device)
+        self.model, self.comm = model, comm
+        device = next(model.parameters()).device
+        zero_peers.library(device)
         mixture = model.model.layers[1].mlp  # type: ignore[union-attr,index]
         wanted = dict(model.named_parameters())
         dense = mixture.mlp if mixture.spec.residual else mixture.experts[0]  # type: ignore[index]
         sparse = SparseMLP(dense, model.config.hidden_size, replace(mixture.spec, ep_size=self.ep_size))  # type: ignore
-        model.model.layers[1].mlp = sparse.to(next(model.parameters()).dtype).to(self.device)  # type: ignore
+        model.model.layers[1].mlp = sparse.to(next(model.parameters()).dtype).to(device)  # type: ignore
         widen(sparse)
         with torch.no_grad():
             for name, parameter in moe_model.named(model):
                 parameter.copy_(wanted[name])
                 parameter.requires_grad = wanted[name].requires_grad
-        self.engine = None
+        made = make_optimizer(p for _, p in trainable(model))
+        made.param_groups = moe_model.parameter_groups(made.param_groups)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # only counted
+            "gradient_clipping": 0.0,  # without it DeepSpeed clips at 1
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 20000},
+            "zero_allow_untested_optimizer": True,  # it does not know SGD
+        }
+        self.engine = moe_model.initialize(model, made, settings, dist.read_launch(), device)
+        self.engine.communication_data_type = next(model.parameters()).dtype  # its config knows no float64
+        if self.fault == "divided-by-copies":
+            whole = self.engine.allreduce_no_retain
+            # BUG: the divisor is left to the group that reduces, as in DeepSpeed's issue 6545. fix: all ranks
+            self.engine.allreduce_no_retain = lambda bucket, dp_group, numel_per_bucket, dp_world_size: whole(
+                bucket, dp_group, numel_per_bucket
+            )
 
     @classmethod
     def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]
@@ -131,29 +145,8 @@ class ExpertParallel(Strategy):
             return "ZeRO's own copies of the weights are float32"
         return None
 
-    def start(self, micro_batches: int) -> None:
-        """The engine, which wants to know the number of micro-batches first."""
-        made = self.make_optimizer(p for _, p in trainable(self.model))
-        made.param_groups = moe_model.parameter_groups(made.param_groups)
-        settings = {
-            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches,
-            "gradient_clipping": 0.0,  # without it DeepSpeed clips at 1
-            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 20000},
-            "zero_allow_untested_optimizer": True,  # it does not know SGD
-        }  # fmt: skip
-        ctx = Context(dist.read_launch(), self.device, "", None, 60)  # type: ignore[arg-type]
-        self.engine = moe_model.initialize(self.model, made, settings, ctx)
-        self.engine.communication_data_type = next(self.model.parameters()).dtype  # its config knows no float64
-        if self.fault == "divided-by-copies":
-            whole = self.engine.allreduce_no_retain
-            # BUG: the divisor is left to the group that reduces, as in DeepSpeed's issue 6545. fix: all ranks
-            self.engine.allreduce_no_retain = lambda bucket, dp_group, numel_per_bucket, dp_world_size: whole(
-                bucket, dp_group, numel_per_bucket
-            )
-
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
-        if self.engine is None:
-            self.start(len(micro_batches))
+        self.engine.set_train_batch_size(len(micro_batches) * self.comm.size)
         mine = [share(batch, self.comm.rank, self.comm.size) for batch in micro_batches]
         weight = self.model.aux_weight
         loss, balance = moe_step.backward(
@@ -186,11 +179,10 @@ class ExpertParallel(Strategy):
         return self.engine.optimizer.scaled_global_norm() if self.stage else moe_step.norm_without_zero(self.model)  # type: ignore[union-attr]
 
     def update(self) -> None:
-        self.engine.step()  # type: ignore[union-attr]
+        self.engine.step()
 
     def close(self) -> None:
-        if self.engine is not None:
-            self.engine.destroy()
+        self.engine.destroy()
 
 
 def option(name: str) -> type[ExpertParallel]:

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made = training.training_parser(__doc__)
     ddp_options.add_step_flags(made)
     group = made.add_argument_group("experts")
-    group.add_argument("--config", type=Path, default=CONFIG, help="a DeepSpeed config (default: configs/moe.json)")
+    group.add_argument("--deepspeed-config", type=Path, default=CONFIG, help="(default: configs/moe.json)")
     group.add_argument("--stage", type=int, choices=(0, 1, 2), help="of ZeRO, instead of the config's")
     group.add_argument("--experts", type=script.at_least(1), default=4, help="of each MoE layer")
     group.add_argument("--every", type=script.at_least(1), default=2, help="each so-manyth layer has experts")
@@ -89,18 +89,22 @@ def settings_of(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
         ranks=ctx.world_size, global_batch=args.global_batch, micro_batch=args.batch_size, clip=args.clip, lr=args.lr,
         hidden=lm.config(args.preset).hidden_size, dtype=training.compute_dtype(args.dtype, ctx.device),
     )  # fmt: skip
-    settings = ds_config.prepare(args.config, known, ctx.world_size)
+    settings = ds_config.prepare(args.deepspeed_config, known, ctx.world_size)
     settings.setdefault("gradient_clipping", args.clip)  # DeepSpeed's own default is 1
     zero = settings.setdefault("zero_optimization", {})
     zero["stage"] = zero.get("stage", 0) if args.stage is None else args.stage
     if zero["stage"] > 2:
-        raise script.UserError(f"{args.config}: DeepSpeed's MoE knows ZeRO stages 0 to 2, not 3; take one of them")
+        raise script.UserError(
+            f"{args.deepspeed_config}: DeepSpeed's MoE knows ZeRO stages 0 to 2, not 3; take one of them"
+        )
     if not zero.get("reduce_scatter", True) or (zero["stage"] == 2 and not zero.get("contiguous_gradients", True)):
         raise script.UserError(
-            f"{args.config}: MoE needs reduce_scatter and contiguous_gradients; leave them out of zero_optimization"
+            f"{args.deepspeed_config}: MoE needs reduce_scatter and contiguous_gradients; leave them out"
         )
     if "optimizer" in settings:
-        raise script.UserError(f"{args.config}: the optimizer is chapter 1's AdamW here; leave out the section")
+        raise script.UserError(
+            f"{args.deepspeed_config}: the optimizer is chapter 1's AdamW here; leave out the section"
+        )
     return settings
 
 
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
         moe_model.check_memory(config, spec, ctx)
         model = moe_model.build(config, spec, ctx.device, seed=args.seed)
         optimizer = moe_model.optimizer(model, args.lr)
-        engine = moe_model.initialize(model, optimizer, moe_step.without_its_clipping(settings), ctx)
+        engine = moe_model.initialize(model, optimizer, moe_step.without_its_clipping(settings), ctx.launch, ctx.device)
         script.seed_everything(args.seed + 1 + ctx.rank)
         feed = open_feed(args, corpus, ctx, 0)
         report = MoEReport(model, args, corpus, ctx, out, 0, None)

@@ -140,7 +140,7 @@ def on_two_ranks() -> dict[str, Any]:
             settings["zero_allow_untested_optimizer"] = True
             made = torch.optim.SGD(model.parameters(), lr=1.0)
             made.param_groups = moe_model.parameter_groups(made.param_groups)
-            engine = moe_model.initialize(model, made, moe_step.without_its_clipping(settings), ctx)
+            engine = moe_model.initialize(model, made, moe_step.without_its_clipping(settings), ctx.launch, ctx.device)
             before = moe_model.sha256(model)
             start = {name: tensor.clone() for name, tensor in moe_model.whole_parameters(model)}
             loss, balance = moe_step.backward(engine, [mine], 32, 2, 0.01)
@@ -262,7 +262,7 @@ def test_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no problem 'top3'"):
         moe_parity.main(["--problem", "top3"])
     config = json.loads(train_moe.CONFIG.read_text())
-    args = train_moe.parse(["--config", str(tmp_path / "moe.json")])
+    args = train_moe.parse(["--deepspeed-config", str(tmp_path / "moe.json")])
     args.global_batch = 4
     ctx = dist.Context(dist.Launch("python"), CPU, "gloo", None, 1)  # type: ignore[arg-type]
     for change, says in (
@@ -270,6 +270,6 @@ def test_bad_settings(tmp_path: Path) -> None:
         ({"stage": 2, "reduce_scatter": False}, "MoE needs reduce_scatter"),
         ({"stages": 1}, "no key 'stages' in zero_optimization; did you mean 'stage'"),
     ):
-        args.config.write_text(json.dumps(config | {"zero_optimization": change}))
+        args.deepspeed_config.write_text(json.dumps(config | {"zero_optimization": change}))
         with pytest.raises(UserError, match=says):
             train_moe.settings_of(args, ctx)
