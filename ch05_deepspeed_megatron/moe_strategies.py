@@ -49,10 +49,13 @@ class Mixture(RaggedLlama):
         return model.to(getattr(torch, case.dtype))
 
     def sequences(self, case: Case, *, last: bool) -> int:
-        """Where tokens are dropped an uneven micro-batch is smaller but divides: ranks with unequal passes have unequal
-        capacity, and their all-to-all does not fit."""
-        uneven = last and case.uneven
-        return 2 * case.ranks if uneven and self.spec.drop_tokens else super().sequences(case, last=last)
+        """An uneven micro-batch is smaller, but divides: ranks with unequal passes have unequal capacity, and their
+        all-to-all does not fit. Top 2 without drops takes the group's fullest expert for capacity: there it need not.
+        Top 1 does too, but never more than the rank's own tokens.
+        """
+        if last and case.uneven and (self.spec.drop_tokens or self.spec.top_k == 1):
+            return 2 * case.ranks
+        return super().sequences(case, last=last)
 
     def loss_sum(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Pass by pass: what each rank sees of each micro-batch. Whole: all at once."""
