@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +45,27 @@ def of_config(settings: Mapping[str, Any], ranks: int) -> Verdict | None:
         ds_check.check(settings, ranks)
     except UserError as error:
         text, _, cure = str(error).partition("; ")
-        named = [key for key in keys_of(settings) if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", text)]
-        return Verdict(named[0] if named else "", text, cure)
+        return Verdict(named_in(text, keys_of(settings)), text, cure)
     return None
 
 
+def named_in(text: str, keys: Iterable[str]) -> str:
+    """The key that a line names first, by its dotted name or the last part of it; "" if none."""
+    at = {}
+    for key in keys:
+        for name in (key, key.rpartition(".")[2]):
+            if found := re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text):
+                at[key] = (found.start(), -len(name))
+                break
+    return min(at, key=at.__getitem__, default="")
+
+
 def keys_of(settings: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """Dotted names, the inner ones first: a line that names a section's key names the section too."""
+    """Dotted names of sections and of what is in them."""
     for key, value in settings.items():
+        yield where + key
         if isinstance(value, Mapping):
             yield from keys_of(value, f"{where}{key}.")
-        yield where + key
 
 
 # ---------------------------------------------------------------- memory
@@ -88,7 +98,7 @@ def part(name: str) -> Iterator[None]:
 def state_bytes(parameters: int, stage: int, ranks: int) -> dict[str, int]:
     """What a rank holds of a float32 model's states in a step, by part, and whatever else (activations) comes on top.
 
-    Gradients are whole until they are summed in stages 0 and 1; from stage 1 on the optimizer has a copy of its weights.
+    Gradients are whole until they are summed in stages 0 and 1; from stage 1 on the optimizer has its own weights.
     """
     share = ranks if stage else 1
     return {
@@ -106,8 +116,8 @@ def of_memory(lost: NoRoom, parameters: int, stage: int, ranks: int, cap_bytes: 
     """
     held = state_bytes(parameters, stage, ranks)
     text = (
-        f"out of memory in stage {stage} under {cap_bytes / GIB:.2f} GiB: the {lost.part} did not fit ({lost.asked} more "
-        f"were asked for; states by stage {stage}: "
+        f"out of memory in stage {stage} under {cap_bytes / GIB:.2f} GiB: the {lost.part} did not fit ({lost.asked} "
+        f"more were asked for; states by stage {stage}: "
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items()) + " GiB)"
     )  # fmt: skip
     if lost.part == "activations":
@@ -171,20 +181,20 @@ def of_numbers(steps: Sequence[Step], first_not_finite: str) -> Verdict | None:
             "nan",
             f"a real NaN or infinity, not the loss scale: {len(skipped)} of {len(steps)} steps skipped, the loss is "
             f"{steps[-1].loss}, and it comes first out of {where}",
-            "look at that module's weights and inputs; a smaller scale cannot help, train from the last good checkpoint",
+            "look at that module's weights and inputs: no smaller scale can help",
         )
     if not skipped:
         return None
     if not steps[-1].skipped:
         return Verdict(
             "overflow",
-            f"loss scale too high at the start: {len(skipped)} steps skipped while it fell from {skipped[0].scale:g} to "
-            f"{steps[-1].scale:g}, every loss finite",
-            f"nothing is lost but these steps: fp16.initial_scale_power {int(steps[-1].scale).bit_length() - 1}, or bf16",
+            f"loss scale too high at the start: {len(skipped)} steps skipped while it fell from {skipped[0].scale:g} "
+            f"to {steps[-1].scale:g}, every loss finite",
+            f"nothing is lost but these: fp16.initial_scale_power {int(steps[-1].scale).bit_length() - 1}, or bf16",
         )
     return Verdict(
         "overflow",
-        f"gradients overflow float16 at every scale so far ({skipped[0].scale:g} to {steps[-1].scale:g}), the loss finite",
+        f"gradients overflow float16 at every scale so far ({skipped[0].scale:g} to {steps[-1].scale:g})",
         "go on until the scale has fallen far enough, or take bf16",
     )
 
@@ -206,8 +216,9 @@ def of_offload(
     on_disk = max(0.0, step_s - compute_s)
     share = on_disk / step_s
     text = (
-        f"the optimizer step takes {step_s:.2f} s, {share:.0%} of it the disk's: {(read_bytes + written_bytes) / 1e6:.0f} "
-        f"MB in {on_disk:.2f} s, which the disk as measured can do in {least:.2f} s"
+        f"the optimizer step takes {step_s:.2f} s, {share:.0%} of it the disk's: "
+        f"{(read_bytes + written_bytes) / 1e6:.0f} MB in {on_disk:.2f} s, which the disk as measured can do in "
+        f"{least:.2f} s"
     )
     if share < 0.5:
         return None

@@ -1,0 +1,104 @@
+"""Break a DeepSpeed job in thirteen ways, and have a program say what is wrong and what to do, in one line each.
+
+You learn   which mistakes DeepSpeed refuses and which it takes without a word; which part of the memory did not fit,
+            and which stage would; a hang, a loss scale, a NaN and a slow disk told from what they look like
+Laptop      python ch05_deepspeed_megatron/debug_deepspeed.py                        (starts its own ranks)
+One         python ch05_deepspeed_megatron/debug_deepspeed.py --fault overflow,nan
+GPU node    python ch05_deepspeed_megatron/debug_deepspeed.py --fault all --ranks 2
+Cluster     the watch, the part() of memory and FirstNotFinite stand in your own script: see debug_faults.py
+You see     for each fault its verdict: what, and the cure; RESULT says for each which cause was named
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from ch03_ddp import diagnose
+from ch05_deepspeed_megatron import debug_faults
+from ch05_deepspeed_megatron.debug_faults import BAD, CAPS, HANGS, MISTAKEN
+from common import dist, exercises, ranks, script
+
+ALONE = (*BAD, "overflow", "nan", "none", "slow-offload")  # on one rank
+MEMORY = {f"oom-stage-{stage}": stage for stage in CAPS}
+CAUSES = (
+    MISTAKEN
+    | {name: CAPS[stage][2] for name, stage in MEMORY.items()}
+    | {name: cause for name, (_, cause) in HANGS.items()}
+    | {"overflow": "overflow", "nan": "nan", "slow-offload": "aio", "none": ""}
+)
+
+
+def provoke(fault: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One rank's part in the fault, and what was said about it to this rank."""
+    cause, text = "", "nothing found"
+    begin = time.perf_counter()
+    try:
+        with dist.session(args.device, timeout_s=60, threads=1) as ctx:
+            if fault in HANGS:
+                with diagnose.watch(ctx, timeout_s=args.timeout_s) as watch:
+                    HANGS[fault][0](ctx, watch, ctx.world_size - 1)
+                verdict = None
+            elif fault in MEMORY:
+                verdict = debug_faults.no_room(MEMORY[fault], ctx)
+            elif fault in BAD:
+                verdict = debug_faults.bad_config(fault, ctx)
+            elif fault == "slow-offload":
+                verdict = debug_faults.slow_offload(ctx, args.nvme_dir)
+            else:
+                verdict = {"overflow": debug_faults.overflow, "nan": debug_faults.nan, "none": debug_faults.healthy}[
+                    fault
+                ](ctx)
+            if verdict:
+                cause, text = verdict.cause, str(verdict)
+    except diagnose.Fault as found:
+        cause, text = found.verdict.cause, str(found.verdict)
+    return {"fault": fault, "cause": cause, "verdict": text, "seconds": time.perf_counter() - begin}
+
+
+def on_own_ranks(fault: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Start the ranks, and ask the first one that has survived."""
+    count = 1 if fault in ALONE else args.ranks
+    done = ranks.run_ranks(provoke, count, fault, args, timeout_s=args.timeout_s + 90)
+    said = [rank.value for rank in done if rank.value]
+    if not said:
+        ranks.values(done)  # raises what they did
+        raise RuntimeError(f"no rank survived {fault}")
+    return next((one for one in said if one["cause"]), said[0])
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("--fault", default="all", help=f"all, or of: {', '.join(CAUSES)}")
+    parser.add_argument("--ranks", type=script.at_least(2), default=2, help="of the faults that need several")
+    parser.add_argument("--timeout-s", type=script.positive, default=8, help="until a hang is looked into")
+    parser.add_argument("--nvme-dir", type=Path, help="a folder on the disk of slow-offload (default: temporary)")
+    args = parser.parse_args(argv)
+    faults = list(CAUSES) if args.fault == "all" else args.fault.split(",")
+    if unknown := [name for name in faults if name not in CAUSES]:
+        raise script.UserError(f"no fault {unknown[0]!r}; one of {', '.join(CAUSES)}")
+    if args.nvme_dir and not args.nvme_dir.is_dir():
+        raise script.UserError(f"no folder {args.nvme_dir}; make it on the disk to look at")
+    script.start(__file__, args)
+    skipped = {}
+    if "slow-offload" in faults and (lacking := exercises.missing_for("aio")):
+        faults.remove("slow-offload")
+        skipped["slow-offload"] = f"needs {lacking}"
+    found = []
+    for fault in faults:
+        found.append(on_own_ranks(fault, args))
+        print(f"{fault} ({found[-1]['seconds']:.1f} s)\n    {found[-1]['verdict']}", flush=True)
+    for fault, why in skipped.items():
+        print(f"{fault}: skipped, {why}")
+    named = [one["fault"] for one in found if one["cause"] == CAUSES[one["fault"]]]
+    result = {one["fault"].replace("-", "_"): one["cause"] for one in found}
+    result |= {"faults": len(found), "named": len(named), "skipped": len(skipped)}
+    if wrong := [one for one in found if one["fault"] not in named]:
+        raise script.CheckFailed(f"{wrong[0]['fault']} was not named rightly: {wrong[0]['verdict']}", result)
+    return result
+
+
+if __name__ == "__main__":
+    script.run(main)
