@@ -96,14 +96,15 @@ def part(name: str) -> Iterator[None]:
 
 
 def state_bytes(parameters: int, stage: int, ranks: int) -> dict[str, int]:
-    """What a rank holds of a float32 model's states in a step, by part, and whatever else (activations) comes on top.
+    """What a rank holds of a float32 model's states at the worst of a step, by part; activations come on top.
 
-    Gradients are whole until they are summed in stages 0 and 1; from stage 1 on the optimizer has its own weights.
+    From stage 1 on the optimizer has its own copy of the weights, and the step makes a flat copy of this rank's
+    gradients: 8 bytes instead of the paper's 4. Before they are summed, stages 0 and 1 hold all of them.
     """
     share = ranks if stage else 1
     return {
         "parameters": 4 * parameters // (ranks if stage == 3 else 1),
-        "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
+        "gradients": max(8 * parameters // ranks, 4 * parameters * (stage < 2)) if stage else 4 * parameters,
         "optimizer": (12 if stage else 8) * parameters // share,
     }
 
