@@ -98,13 +98,13 @@ def part(name: str) -> Iterator[None]:
 def state_bytes(parameters: int, stage: int, ranks: int) -> dict[str, int]:
     """What a rank holds of a float32 model's states at the worst of a step, by part; activations come on top.
 
-    From stage 1 on the optimizer has its own copy of the weights, and the step makes a flat copy of this rank's
-    gradients: 8 bytes instead of the paper's 4. Before they are summed, stages 0 and 1 hold all of them.
+    From stage 1 on the optimizer has its own copy of the weights. Gradients are flattened in every stage, to be summed
+    (stage 0) or stepped on: 8 bytes instead of the paper's 4. Before they are summed, stage 1 holds all of them.
     """
     share = ranks if stage else 1
     return {
         "parameters": 4 * parameters // (ranks if stage == 3 else 1),
-        "gradients": max(8 * parameters // ranks, 4 * parameters * (stage < 2)) if stage else 4 * parameters,
+        "gradients": max(8 * parameters // share, 4 * parameters * (stage == 1)),
         "optimizer": (12 if stage else 8) * parameters // share,
     }
 

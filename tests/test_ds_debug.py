@@ -51,7 +51,7 @@ def test_which_stage_would_fit(lost: str, stage: int, cap_gib: float, cause: str
 
 def test_states_by_stage_are_those_of_the_paper_and_a_flat_copy() -> None:
     totals = [sum(debug_verdicts.state_bytes(P, stage, 4).values()) / P for stage in range(4)]
-    assert totals == [16, 4 + 4 + 3, 4 + 2 + 3, 1 + 2 + 3]
+    assert totals == [4 + 8 + 8, 4 + 4 + 3, 4 + 2 + 3, 1 + 2 + 3]
     assert sum(debug_verdicts.state_bytes(P, 1, 1).values()) == 24 * P
 
 
