@@ -91,7 +91,7 @@ def rebalance(x_sh: torch.Tensor, weight_eh: torch.Tensor, spec: Experts, steps:
             probability_se = (x_sh @ weight_eh.T).softmax(-1).requires_grad_()
             share_e = count_e / count_e.sum()
             (spec.experts * (probability_se.mean(0) * share_e).sum()).backward()
-            pull = (probability_se.grad[0] * len(x_sh)).tolist()  # type: ignore[index]
+            pull = (probability_se.grad[0] * len(x_sh)).tolist()
         after = count_e.tolist()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict:
     script.start(__file__, args)
     with dist.session(args.device) as ctx:
         replace(base, ep_size=ctx.world_size).check(ctx.world_size)
-        zero_peers.library(ctx.device).init_distributed(dist_backend="nccl" if ctx.device.type == "cuda" else "gloo")
+        zero_peers.join(ctx.launch, ctx.device).init_distributed(dist_backend=td.get_backend(), verbose=False)
         x_sh, weight_eh = skewed(args, ctx.device)
         one, two = (choices(replace(base, top_k=k), x_sh, weight_eh) for k in (1, 2))
         roomy = choices(replace(base, top_k=1, drop_tokens=False), x_sh, weight_eh)

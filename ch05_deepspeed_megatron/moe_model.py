@@ -157,7 +157,7 @@ def build(config: Any, spec: Experts, device: torch.device, *, seed: int = 0) ->
 
 
 def put_experts(model: nn.Module, spec: Experts) -> None:
-    for number, layer in enumerate(model.model.layers, 1):  # type: ignore[union-attr,arg-type]
+    for number, layer in enumerate(model.model.layers, 1):
         if number % spec.every == 0:
             layer.mlp = SparseMLP(layer.mlp, model.config.hidden_size, spec)
 
@@ -196,7 +196,7 @@ def draw_experts(model: nn.Module, seed: int) -> None:
         if is_expert(parameter):
             number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
             generator = torch.Generator(parameter.device).manual_seed(number)
-            parameter.normal_(0.0, model.config.initializer_range, generator=generator)  # type: ignore[union-attr]
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
 
 
 def optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -234,7 +234,7 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         parts = [torch.empty_like(parameter) for _ in range(layer.spec.ep_size)]
         td.all_gather(parts, parameter.detach(), group=group)
         mine, held = _first_expert(layer), layer.spec.experts // layer.spec.ep_size
-        own = int(re.search(r"\.experts\.(\d+)\.", name)[1]) - mine  # type: ignore[index]
+        own = int(re.search(r"\.experts\.(\d+)\.", name)[1]) - mine
         for rank, part in enumerate(parts):
             yield re.sub(r"\.experts\.\d+\.", f".experts.{rank * held + own}.", name), part
 

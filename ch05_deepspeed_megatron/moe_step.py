@@ -100,6 +100,6 @@ def norm_without_zero(model: nn.Module) -> torch.Tensor:
         sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None and moe_model.is_expert(p) is kind)
         for kind in (False, True)
     )
-    own = torch.as_tensor(own, device=shared.device).clone()  # type: ignore[union-attr]
+    own = torch.as_tensor(own, device=shared.device).clone()
     td.all_reduce(own, group=moe_model.sparse_layers(model)[0].moe.deepspeed_moe.ep_group)
     return (shared + own).sqrt()

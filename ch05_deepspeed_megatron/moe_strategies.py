@@ -41,9 +41,9 @@ class Mixture(RaggedLlama):
         self.case = case
         model = super().build(replace(case, frozen=False))
         torch.manual_seed(1)
-        layer = model.model.layers[1]  # type: ignore[union-attr,index]
-        layer.mlp = OneProcessMoE(layer.mlp, model.config.hidden_size, self.spec)  # type: ignore[union-attr]
-        model.aux_weight = 0.0 if self.whole else AUX_WEIGHT  # type: ignore[assignment]
+        layer = model.model.layers[1]
+        layer.mlp = OneProcessMoE(layer.mlp, model.config.hidden_size, self.spec)
+        model.aux_weight = 0.0 if self.whole else AUX_WEIGHT
         for name, parameter in model.named_parameters():
             parameter.requires_grad = not (case.frozen and name in self.frozen_names)
         return model.to(getattr(torch, case.dtype))
@@ -113,11 +113,11 @@ class ExpertParallel(Strategy):
         self.model, self.comm = model, comm
         device = next(model.parameters()).device
         zero_peers.library(device)
-        mixture = model.model.layers[1].mlp  # type: ignore[union-attr,index]
+        mixture = model.model.layers[1].mlp
         wanted = dict(model.named_parameters())
-        dense = mixture.mlp if mixture.spec.residual else mixture.experts[0]  # type: ignore[index]
-        sparse = SparseMLP(dense, model.config.hidden_size, replace(mixture.spec, ep_size=self.ep_size))  # type: ignore
-        model.model.layers[1].mlp = sparse.to(next(model.parameters()).dtype).to(device)  # type: ignore
+        dense = mixture.mlp if mixture.spec.residual else mixture.experts[0]
+        sparse = SparseMLP(dense, model.config.hidden_size, replace(mixture.spec, ep_size=self.ep_size))
+        model.model.layers[1].mlp = sparse.to(next(model.parameters()).dtype).to(device)
         widen(sparse)
         with torch.no_grad():
             for name, parameter in moe_model.named(model):
@@ -141,7 +141,7 @@ class ExpertParallel(Strategy):
             )
 
     @classmethod
-    def why_not(cls, model: nn.Module, ranks: int) -> str | None:  # type: ignore[override]
+    def why_not(cls, model: nn.Module, ranks: int) -> str | None:
         if ranks % cls.ep_size:
             return f"{ranks} ranks do not divide into expert-parallel groups of {cls.ep_size}"
         if cls.stage and next(model.parameters()).dtype == torch.float64:
@@ -151,24 +151,18 @@ class ExpertParallel(Strategy):
     def backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         self.engine.set_train_batch_size(len(micro_batches) * self.comm.size)
         mine = [share(batch, self.comm.rank, self.comm.size) for batch in micro_batches]
-        weight = self.model.aux_weight
-        loss, balance = moe_step.backward(
-            self.engine,
-            mine,
-            token_count(micro_batches),
-            self.comm.size,
-            weight,  # type: ignore[arg-type]
-        )
-        total = loss + weight * balance  # type: ignore[operator]
+        weight, tokens = self.model.aux_weight, token_count(micro_batches)
+        loss, balance = moe_step.backward(self.engine, mine, tokens, self.comm.size, weight)
+        total = loss + weight * balance
         self.comm.all_reduce(total)
         return total
 
     def gradients(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        found = ((name, safe_get_full_grad(p) if self.stage else p.grad) for name, p in moe_model.named(self.model)
-                 if p.requires_grad)  # fmt: skip
-        return {name: gradient.clone() for name, gradient in found if gradient is not None}
+        trained = [(name, p) for name, p in moe_model.named(self.model) if p.requires_grad]
+        found = {name: safe_get_full_grad(p) if self.stage else p.grad for name, p in trained}
+        return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in moe_model.named(self.model)}
@@ -179,7 +173,7 @@ class ExpertParallel(Strategy):
             from deepspeed.runtime.utils import clip_grad_norm_
 
             return clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1e9)
-        return self.engine.optimizer.scaled_global_norm() if self.stage else moe_step.norm_without_zero(self.model)  # type: ignore[union-attr]
+        return self.engine.optimizer.scaled_global_norm() if self.stage else moe_step.norm_without_zero(self.model)
 
     def update(self) -> None:
         self.engine.step()

@@ -136,7 +136,7 @@ class MoEReport(Report):
 
     def note(self, balance: torch.Tensor) -> None:
         """Of the step that has just been computed, before `step`."""
-        counts = torch.stack([layer.counts for layer in self.layers]).double()  # type: ignore[arg-type]
+        counts = torch.stack([layer.counts for layer in self.layers]).double()
         dropped = torch.stack([torch.as_tensor(layer.dropped, device=balance.device) for layer in self.layers]).sum()
         self.waiting.append(torch.cat([torch.stack([balance.double(), dropped.double()]), counts.flatten()]))
         for layer in self.layers:
