@@ -18,10 +18,10 @@ from typing import Any
 
 from ch03_ddp import diagnose
 from ch05_deepspeed_megatron import debug_faults
-from ch05_deepspeed_megatron.debug_faults import BAD, CAPS, HANGS, MISTAKEN
+from ch05_deepspeed_megatron.debug_faults import BAD, CAPS, HANGS, MISTAKEN, NUMBERS
 from common import dist, exercises, ranks, script
 
-ALONE = (*BAD, "overflow", "nan", "none", "slow-offload")  # on one rank
+ALONE = (*BAD, *NUMBERS, "slow-offload")  # on one rank
 MEMORY = {f"oom-stage-{stage}": stage for stage in CAPS}
 CAUSES = (
     MISTAKEN
@@ -31,37 +31,36 @@ CAUSES = (
 )
 
 
-def provoke(fault: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One rank's part in the fault, and what was said about it to this rank."""
-    cause, text = "", "nothing found"
+def provoke(fault: str, args: argparse.Namespace, cure: int | None = None) -> dict[str, Any]:
+    """One rank's part in the fault, or in its cure, and what was said about it to this rank."""
+    cause, text, verdict = "", "nothing found", None
     begin = time.perf_counter()
     try:
         with dist.session(args.device, timeout_s=60, threads=1) as ctx:
             if fault in HANGS:
                 with diagnose.watch(ctx, timeout_s=args.timeout_s) as watch:
                     HANGS[fault][0](ctx, watch, ctx.world_size - 1)
-                verdict = None
             elif fault in MEMORY:
-                verdict = debug_faults.no_room(MEMORY[fault], ctx)
+                stage = MEMORY[fault]
+                verdict = debug_faults.no_room(stage if cure is None else cure, ctx, capped_as=stage)
             elif fault in BAD:
                 verdict = debug_faults.bad_config(fault, ctx)
             elif fault == "slow-offload":
                 verdict = debug_faults.slow_offload(ctx, args.nvme_dir)
             else:
-                verdict = {"overflow": debug_faults.overflow, "nan": debug_faults.nan, "none": debug_faults.healthy}[
-                    fault
-                ](ctx)
+                verdict = NUMBERS[fault](ctx)
             if verdict:
                 cause, text = verdict.cause, str(verdict)
     except diagnose.Fault as found:
         cause, text = found.verdict.cause, str(found.verdict)
-    return {"fault": fault, "cause": cause, "verdict": text, "seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    return {"fault": fault, "cause": cause, "verdict": text, "stage": verdict and verdict.stage, "seconds": seconds}
 
 
-def on_own_ranks(fault: str, args: argparse.Namespace) -> dict[str, Any]:
+def on_own_ranks(fault: str, args: argparse.Namespace, cure: int | None = None) -> dict[str, Any]:
     """Start the ranks, and ask the first one that has survived."""
     count = 1 if fault in ALONE else args.ranks
-    done = ranks.run_ranks(provoke, count, fault, args, timeout_s=args.timeout_s + 90)
+    done = ranks.run_ranks(provoke, count, fault, args, cure, timeout_s=args.timeout_s + 90)
     said = [rank.value for rank in done if rank.value]
     if not said:
         ranks.values(done)  # raises what they did
@@ -86,17 +85,23 @@ def main(argv: list[str] | None = None) -> dict:
     if "slow-offload" in faults and (lacking := exercises.missing_for("aio")):
         faults.remove("slow-offload")
         skipped["slow-offload"] = f"needs {lacking}"
-    found = []
+    found, proven = [], {}
     for fault in faults:
-        found.append(on_own_ranks(fault, args))
-        print(f"{fault} ({found[-1]['seconds']:.1f} s)\n    {found[-1]['verdict']}", flush=True)
+        found.append(one := on_own_ranks(fault, args))
+        print(f"{fault} ({one['seconds']:.1f} s)\n    {one['verdict']}", flush=True)
+        if (stage := one["stage"]) is not None:
+            tried = on_own_ranks(fault, args, cure=stage)
+            proven[fault] = not tried["cause"]
+            print(f"    tried under the same cap: stage {stage} {'trains' if proven[fault] else 'does not train'}")
     for fault, why in skipped.items():
         print(f"{fault}: skipped, {why}")
     named = [one["fault"] for one in found if one["cause"] == CAUSES[one["fault"]]]
     result = {one["fault"].replace("-", "_"): one["cause"] for one in found}
-    result |= {"faults": len(found), "named": len(named), "skipped": len(skipped)}
+    result |= {"faults": len(found), "named": len(named), "skipped": len(skipped), "cures_proven": sum(proven.values())}
     if wrong := [one for one in found if one["fault"] not in named]:
         raise script.CheckFailed(f"{wrong[0]['fault']} was not named rightly: {wrong[0]['verdict']}", result)
+    if failed := [fault for fault, trains in proven.items() if not trains]:
+        raise script.CheckFailed(f"what was said to cure {failed[0]} does not", result)
     return result
 
 

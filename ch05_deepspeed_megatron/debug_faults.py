@@ -96,9 +96,10 @@ def bad_config(name: str, ctx: Context) -> Verdict | None:
 CAPS = {0: (1, 15.3, "optimizer"), 1: (1, 9.3, "gradients"), 2: (1, 3.0, "parameters"), 3: (400, 13.5, "activations")}
 
 
-def no_room(stage: int, ctx: Context) -> Verdict | None:
+def no_room(stage: int, ctx: Context, capped_as: int | None = None) -> Verdict | None:
+    """Two steps under the cap of this fault, or of another stage's: does that one's cure cure it?"""
     config = config_of(layers=4, hidden=512)
-    rows, a_parameter, _ = CAPS[stage]
+    rows, a_parameter, _ = CAPS[stage if capped_as is None else capped_as]
     _memory_run(stage, config_of(layers=1), 1, ctx)  # code, threads and buffers are there before the cap is
     gc.collect()
     resident.return_at_once()
@@ -123,12 +124,13 @@ def _memory_run(stage: int, config: Any, rows: int, ctx: Context) -> None:
     with part("optimizer" if stage else "parameters"):
         engine = engines.initialize(model, settings, ctx)
     inputs, targets = batch(ctx, rows)
-    with part("activations"):
-        loss = ddp_step.loss_sum(engine, inputs, targets) / targets.numel()
-    with part("gradients"):
-        engine.backward(loss)
-    with part("optimizer"):
-        engine.step()
+    for _ in range(2):  # the first makes the optimizer's state
+        with part("activations"):
+            loss = ddp_step.loss_sum(engine, inputs, targets) / targets.numel()
+        with part("gradients"):
+            engine.backward(loss)
+        with part("optimizer"):
+            engine.step()
     engine.destroy()
 
 
@@ -203,6 +205,8 @@ def healthy(ctx: Context) -> Verdict | None:
     """Nothing is wrong, and nothing is found."""
     return watched_steps(half_precision(ctx, scale_power=10), ctx, 4)
 
+
+NUMBERS = {"overflow": overflow, "nan": nan, "none": healthy}
 
 # ---------------------------------------------------------------- offload
 

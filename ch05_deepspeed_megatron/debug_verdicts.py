@@ -26,11 +26,12 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "not eno
 
 @dataclass(frozen=True)
 class Verdict:
-    """cause: a word or a key of the config."""
+    """cause: a word or a key of the config. stage: of ZeRO, if that is the cure."""
 
     cause: str
     text: str
     cure: str
+    stage: int | None = None
 
     def __str__(self) -> str:
         return f"{self.text}; {self.cure}"
@@ -126,7 +127,7 @@ def of_memory(lost: NoRoom, parameters: int, stage: int, ranks: int, cap_bytes: 
     for higher in range(stage + 1, 4):
         need = sum(state_bytes(parameters, higher, ranks).values()) + other_bytes
         if need <= cap_bytes:
-            return Verdict(lost.part, text, f"stage {higher} would fit: {need / GIB:.2f} GiB")
+            return Verdict(lost.part, text, f"stage {higher} would fit: {need / GIB:.2f} GiB", higher)
     spared = state_bytes(parameters, 3, ranks)["optimizer"]
     need = sum(state_bytes(parameters, 3, ranks).values()) - spared + other_bytes
     if need <= cap_bytes:
