@@ -30,7 +30,7 @@ import torch.distributed as td
 from torch import nn
 
 from ch01_intro import training
-from ch04_fsdp import zero_peers
+from ch04_fsdp import weights, zero_peers
 from common import lm, profiling
 from common.dist import Context, Launch
 from common.script import UserError
@@ -194,9 +194,7 @@ def draw_experts(model: nn.Module, seed: int) -> None:
     start equal have equal gradients but for the tokens they get, and a gate can hardly tell them apart."""
     for name, parameter in named(model):
         if is_expert(parameter):
-            number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-            generator = torch.Generator(parameter.device).manual_seed(number)
-            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+            weights.draw(parameter, name, seed, model.config.initializer_range)
 
 
 def optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -225,18 +223,18 @@ def initialize(
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter of the whole model, all experts, in one order on all ranks. A collective."""
+    layer_of = {parameter: layer for layer in sparse_layers(model) for parameter in layer.parameters()}
     for name, parameter in named(model):
         if not is_expert(parameter):
             yield name, parameter.detach()
             continue
-        (layer,) = (layer for layer in sparse_layers(model) if any(p is parameter for p in layer.parameters()))
-        group = layer.moe.deepspeed_moe.ep_group
+        layer = layer_of[parameter]
         parts = [torch.empty_like(parameter) for _ in range(layer.spec.ep_size)]
-        td.all_gather(parts, parameter.detach(), group=group)
-        mine, held = _first_expert(layer), layer.spec.experts // layer.spec.ep_size
-        own = int(re.search(r"\.experts\.(\d+)\.", name)[1]) - mine
+        td.all_gather(parts, parameter.detach(), group=layer.moe.deepspeed_moe.ep_group)
+        before, number, after = re.split(r"\.experts\.(\d+)\.", name)
+        held = layer.spec.experts // layer.spec.ep_size
         for rank, part in enumerate(parts):
-            yield re.sub(r"\.experts\.\d+\.", f".experts.{rank * held + own}.", name), part
+            yield f"{before}.experts.{int(number) % held + rank * held}.{after}", part
 
 
 def sha256(model: nn.Module) -> str:
