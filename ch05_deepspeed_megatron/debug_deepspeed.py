@@ -18,7 +18,7 @@ from typing import Any
 
 from ch03_ddp import diagnose
 from ch05_deepspeed_megatron import debug_faults
-from ch05_deepspeed_megatron.debug_faults import BAD, CAPS, HANGS, MISTAKEN, NUMBERS
+from ch05_deepspeed_megatron.debug_faults import BAD, CAPS, HANG_CURES, HANGS, MISTAKEN, NUMBERS
 from common import dist, exercises, ranks, script
 
 ALONE = (*BAD, *NUMBERS, "slow-offload")  # on one rank
@@ -53,6 +53,8 @@ def provoke(fault: str, args: argparse.Namespace, cure: int | None = None) -> di
                 cause, text = verdict.cause, str(verdict)
     except diagnose.Fault as found:
         cause, text = found.verdict.cause, str(found.verdict)
+        if cause in HANG_CURES:
+            text = f"{found.verdict.text}; {HANG_CURES[cause]}"
     seconds = time.perf_counter() - begin
     return {"fault": fault, "cause": cause, "verdict": text, "stage": verdict and verdict.stage, "seconds": seconds}
 
