@@ -125,6 +125,10 @@ def test_experts_gradients_and_the_norm_are_those_of_one_process_and_faults_are_
 def on_two_ranks() -> dict[str, Any]:
     """On each rank: the same model for each ep_size, a step of it clipped, and the bytes of the all-to-alls."""
     found: dict[str, Any] = {}
+    known = ds_config.known_by(
+        ranks=2, global_batch=4, micro_batch=2, clip=0.1, lr=0.1, hidden=32, dtype=torch.float32
+    )  # fmt: skip
+    settings = ds_config.prepare(train_moe.CONFIG, known, 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(128, (4, 9), generator=generator)
     with dist.session("cpu", timeout_s=60) as ctx:
@@ -132,15 +136,11 @@ def on_two_ranks() -> dict[str, Any]:
         for ep_size, stage in ((1, 0), (2, 0), (2, 1)):
             spec = Experts(4, ep_size, drop_tokens=False, random=False, min_capacity=1)
             model = moe_model.build(small(), spec, ctx.device)
-            known = ds_config.known_by(
-                ranks=2, global_batch=4, micro_batch=2, clip=0.1, lr=0.1, hidden=32, dtype=torch.float32
-            )
-            settings = ds_config.prepare(train_moe.CONFIG, known, 2)
-            settings["zero_optimization"]["stage"] = stage
-            settings["zero_allow_untested_optimizer"] = True
+            zero = settings["zero_optimization"] | {"stage": stage}
+            of_stage = settings | {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
             made = torch.optim.SGD(model.parameters(), lr=1.0)
             made.param_groups = moe_model.parameter_groups(made.param_groups)
-            engine = moe_model.initialize(model, made, moe_step.without_its_clipping(settings), ctx.launch, ctx.device)
+            engine = moe_model.initialize(model, made, moe_step.without_its_clipping(of_stage), ctx.launch, ctx.device)
             before = moe_model.sha256(model)
             start = {name: tensor.clone() for name, tensor in moe_model.whole_parameters(model)}
             loss, balance = moe_step.backward(engine, [mine], 32, 2, 0.01)
