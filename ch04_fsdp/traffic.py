@@ -43,6 +43,7 @@ KINDS = {  # by the operator's name: c10d's own (DeepSpeed calls the coalesced o
     "allreduce_coalesced_": "all_reduce",
     "all_reduce": "all_reduce",
     "broadcast_": "broadcast",
+    "alltoall_base_": "all_to_all",  # of a mixture of experts (chapter 5)
 }
 ROOT = "(root)"
 Units = dict[str, list[nn.Parameter]]
@@ -52,10 +53,11 @@ Units = dict[str, list[nn.Parameter]]
 class Collective:
     """One call on this rank."""
 
-    kind: str  # all_gather, reduce_scatter, all_reduce
+    kind: str  # all_gather, reduce_scatter, all_reduce, all_to_all
     unit: str  # whose weights or gradients; "" for the norm, and for DDP's buckets
     phase: str  # forward, backward, update
-    whole_bytes: int  # of its larger side, padding included: what the ranks' parts make together
+    whole_bytes: int  # of its larger side, padding included: what the ranks' parts make together; of an all_to_all its
+    # own, of which 1/N is for itself
     ranks: int
 
     @property
@@ -147,7 +149,7 @@ class Traffic(TorchDispatchMode):
             return  # nothing leaves
         sides = [sum(t.nbytes for t in pytree.tree_leaves(side) if torch.is_tensor(t)) for side in args[:2]]
         in_backward = torch._C._current_graph_task_id() != -1
-        phase = "backward" if in_backward else "forward" if kind == "all_gather" else "update"
+        phase = "backward" if in_backward else "forward" if kind in ("all_gather", "all_to_all") else "update"
         # A hybrid unit's all_reduce follows its reduce_scatter at once, and so has its name.
         unit = "" if phase == "update" else self._unit
         self.seen.append(Collective(kind, unit, phase, max(sides), ranks))
