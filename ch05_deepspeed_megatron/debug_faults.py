@@ -93,7 +93,7 @@ def bad_config(name: str, ctx: Context) -> Verdict | None:
 # ---------------------------------------------------------------- memory
 
 # By stage: rows of the micro-batch, the cap in bytes a parameter, and what will not fit on two ranks
-CAPS = {0: (1, 17.5, "gradients"), 1: (1, 12.5, "optimizer"), 2: (1, 3.0, "parameters"), 3: (400, 13.5, "activations")}
+CAPS = {0: (1, 17.5, "gradients"), 1: (1, 3.0, "parameters"), 2: (1, 11.5, "optimizer"), 3: (400, 13.5, "activations")}
 
 
 def no_room(stage: int, ctx: Context, capped_as: int | None = None) -> Verdict | None:
