@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--seq-len", type=script.at_least(2), default=32)
     made.add_argument("--global-batch", type=script.at_least(1), default=4, help="sequences a step, over all ranks")
     made.add_argument("--configs", type=script.comma_list(str), default=list(ROWS), help=", ".join(ROWS))
-    made.add_argument("--share", type=script.positive, default=0.7, help="cap: of the 16 bytes a parameter and rank")
+    made.add_argument("--share", type=script.positive, default=0.85, help="cap: of the 16 bytes a parameter and rank")
     made.add_argument("--nvme-dir", type=offload_folder.existing, help="on the disk to use (default: the run folder)")
     made.add_argument("--timeout", type=script.positive, default=300, help="seconds that a row may take")
     args = made.parse_args(argv)
@@ -76,7 +76,11 @@ def main(argv: list[str] | None = None) -> dict:
             Sharding(), ranks=args.ranks, steps=args.steps, seq_len=args.seq_len, global_batch=args.global_batch,
             seed=args.seed, device=args.device, folder=Path(folder), **shape,
         )  # fmt: skip
-        jobs = {name: dataclasses.replace(job, settings=name) for name in args.configs}
+        jobs = {}
+        for name in args.configs:
+            own = Path(folder, name)
+            own.mkdir()
+            jobs[name] = dataclasses.replace(job, settings=name, folder=own)
         infinity.check_pinned(jobs[TO_DISK].place().pinned)
         for name in args.configs:
             ops.build(ops.needed(jobs[name].filled()), device)

@@ -189,7 +189,8 @@ def test_nvme_holds_the_parameters_on_disk_and_memory_is_lower_by_what_was_predi
     )  # fmt: skip
     found, places = {}, {}
     for name in ("zero3", "zero3_cpu_offload", "zero3_nvme"):
-        own = dataclasses.replace(job, settings=name)
+        (tmp_path / name).mkdir()
+        own = dataclasses.replace(job, settings=name, folder=tmp_path / name)
         ops.build(ops.needed(own.filled()), CPU)
         done = short_run.run(own, 120, offload_run.train)
         assert done.result, done.error
