@@ -56,7 +56,7 @@ class Piece:
 
 
 def stored_parameters(
-    folder: Path, state: str = "fp32", keep_open_bytes: int = 2**28
+    folder: Path, state: str = "fp32", keep_open_bytes: int = 2**26
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole float32 value of each parameter that DeepSpeed has saved to `folder`, a tied one once.
 
@@ -144,17 +144,20 @@ def _of_stage_2(groups: Groups, flat: list[Keys], shards: list[Path]) -> Iterato
             yield name, shape, [Piece(file, keys, at.start, at.numel) for file, at in found if at]
 
 
-def compare(checkpoint: Path, timeout_s: float) -> dict[str, Any]:
+def compare(checkpoint: Path, file_mib: float, timeout_s: float) -> dict[str, Any]:
     """This script and zero_to_fp32.py, each in a process of its own, on the same checkpoint."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="consolidate-") as name:
         for who in ("ours", "deepspeed"):
             out = Path(name) / who
             words = {
-                "ours": [__file__, str(checkpoint), str(out)],
+                "ours": [__file__, str(checkpoint), str(out), "--file-mib", str(file_mib)],
                 # Not --safe_serialization: it fails on tied weights (0.19.8), which safetensors refuses to write twice.
-                "deepspeed": [str(checkpoint / "zero_to_fp32.py"), str(checkpoint), str(out), "-t", checkpoints.TAG],
-            }[who]
+                "deepspeed": [
+                    str(checkpoint / "zero_to_fp32.py"), str(checkpoint), str(out), "-t", checkpoints.TAG,
+                    "--max_shard_size", f"{max(1, round(file_mib))}MB",
+                ],
+            }[who]  # fmt: skip
             done = process.run([sys.executable, "-c", MEASURED, *words], timeout_s=timeout_s)
             if done.returncode:
                 raise script.UserError(f"{Path(words[0]).name} failed ({done.reason(timeout_s)}); run it by itself")
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if args.compare:
         with contextlib.chdir(process.ROOT):
-            result |= compare(args.checkpoint.resolve(), args.timeout_s)
+            result |= compare(args.checkpoint.resolve(), args.file_mib, args.timeout_s)
     return result
 
 
