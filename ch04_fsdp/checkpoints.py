@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -215,11 +215,16 @@ class Keeper(ddp_checkpoints.Keeper):
             log.warning(f"{path} was saved by torch {meta['torch']}, this is {torch.__version__}")
         return meta
 
-    def resumed(self, path: Path, meta: dict[str, Any]) -> tuple[int, int]:
+    def resumed(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        restore: Callable[[dict[str, Any]], None] = training.restore_random_state,
+    ) -> tuple[int, int]:
         """This rank's random numbers go on too. Returns the step, and the data's position."""
         own = path / f"rng-{self.ctx.rank}.pt"
         if own.exists():  # a rank that was not there keeps the stream it was seeded with
-            training.restore_random_state(torch.load(own, weights_only=True))
+            restore(torch.load(own, weights_only=True))
         log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
         return meta["step"], meta["position"]
 

@@ -103,7 +103,7 @@ def config(
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,  # only counted: the batches are ours
         "gradient_accumulation_steps": micro_batches,  # engine.step() does nothing before so many backward passes
-        "gradient_clipping": max_norm,  # [0: none] of the norm over all ranks
+        "gradient_clipping": max_norm,  # [1.0] of the norm over all ranks; 0: none
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": layer,  # [5e8: 2 GB] elements summed in one message

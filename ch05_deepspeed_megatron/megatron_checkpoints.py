@@ -12,7 +12,6 @@ is the same as there: complete or not there at all, verified by hash, pruned whe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +102,7 @@ class Keeper(fsdp_checkpoints.Keeper):
         """
         from megatron.core import dist_checkpointing
 
-        partial = self.folder / f".step-{step:08d}.partial"
-        if self.ctx.is_main:
-            self._make(partial)
-        self.ctx.barrier("checkpoint folder")
+        partial = self._begin(step)
         with self._full_disk_named():
             dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(partial))
             torch.save(random_state(), partial / f"rng-{self.ctx.rank}.pt")
@@ -124,18 +120,9 @@ class Keeper(fsdp_checkpoints.Keeper):
         Raises:
             UserError: it is missing, corrupt, of another run or of another script.
         """
-        if not (path / "meta.json").exists():
-            raise UserError(f"no checkpoint at {path} (meta.json is missing); check --resume")
-        if reason := self.fault(path):
-            raise UserError(f"{path} is corrupt ({reason}); remove it to resume from the one before it")
+        meta = self.verified(path)
         if not (path / "metadata.json").exists():
             raise UserError(f"{path} was not saved by Megatron-Core; resume it with the script that made it")
-        meta = json.loads((path / "meta.json").read_text())
-        for name, wanted in self.settings.items():
-            if (had := meta["settings"].get(name)) != wanted:
-                raise UserError(
-                    f"{path} was made with {name} {had}, this run has {wanted}; use the same or a new --out"
-                )
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -147,8 +134,5 @@ class Keeper(fsdp_checkpoints.Keeper):
             raise UserError(f"{path} does not fit this model ({reason}); it is of another one") from None
         inner(model).load_state_dict(state["model"])
         load_optimizer(optimizer, state["optimizer"])
-        own = path / f"rng-{self.ctx.rank}.pt"
-        if own.exists() and meta["ranks"] == self.ctx.world_size:  # else each keeps the stream it was seeded with
-            restore_random_state(torch.load(own, weights_only=True))
-        log.info("resumed", checkpoint=path, step=meta["step"], saved_by_ranks=meta["ranks"])
-        return meta["step"], meta["position"]
+        same = meta["ranks"] == self.ctx.world_size  # else each keeps the stream that it was seeded with
+        return self.resumed(path, meta, restore_random_state if same else lambda _: None)
