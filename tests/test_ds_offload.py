@@ -278,7 +278,7 @@ def test_checkpoints_change_no_gradient_and_each_rank_keeps_its_half():
         stream = activations.Layer(config, 2 * 64, "fp32").stream
         for way in activation_memory.WAYS:
             predicted = activation_memory.formula(config, way, 2, 64, 2, CPU)
-            assert found[way][0] == pytest.approx(predicted, rel=0.03, abs=120 * 1024), way  # random states, graph
+            assert found[way][0] == pytest.approx(predicted, rel=0.05, abs=120 * 1024), way  # random states, graph
         saved = found["checkpointed"][0] - found["partitioned"][0]
         assert saved == pytest.approx(config.num_hidden_layers * stream / 2, rel=0.1)
 
