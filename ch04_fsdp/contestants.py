@@ -196,7 +196,7 @@ def gathered_again(config: Any) -> int:
     return lm.parameter_count(config) - ends
 
 
-def sent_bytes(name: str, *, summed: int, gathered: int, again: int, ranks: int, micro_batches: int = 1) -> float:
+def sent_bytes(name: str, *, summed: int, gathered: int, ranks: int, again: int = 0, micro_batches: int = 1) -> float:
     """Bytes that a rank sends in a step by each strategy, whatever else travels (the norm, flags) left out.
 
     Args:

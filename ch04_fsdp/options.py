@@ -173,9 +173,10 @@ def agree(ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
 
 def of_all_ranks(args: argparse.Namespace, ctx: Context) -> dict[str, Any]:
     """Flags that decide which collectives a run makes, and when: ranks that differ in one would wait for each other."""
-    own = ("run_dir", "all_ranks", "device", "threads", "data", "out", "resume", "offload_dir", "memory_cap_gib")
+    own = ("run_dir", "all_ranks", "device", "threads", "data", "out", "resume", "offload_dir", "memory_cap_gib",
+           "nvme_dir", "deepspeed_config")  # fmt: skip
     found = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in own}
-    if args.strategy.startswith("hybrid") and not args.shard_ranks:  # what it takes for them
+    if getattr(args, "strategy", "").startswith("hybrid") and not args.shard_ranks:  # what it takes for them
         found["number of ranks a node"] = str(ctx.launch.local_world_size)
     return found | {"device": ctx.device.type}
 

@@ -176,11 +176,13 @@ def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_siz
 def update(engine: Any) -> torch.Tensor:
     """Clip, step, forget the gradients. Returns their norm before, 0-d, the whole model's on every rank.
 
-    In stage 0 it is NaN: there DeepSpeed keeps it to itself.
+    In stage 0 and float32 DeepSpeed keeps it to itself; there each rank holds all gradients.
     """
+    held = [] if engine.zero_optimization() else [p.grad for p in engine.module.parameters() if p.grad is not None]
+    own = nn.utils.get_total_norm(held) if held else None
     engine.step()
     norm = engine.get_global_grad_norm()
-    return torch.as_tensor(float("nan") if norm is None else norm)
+    return torch.as_tensor(own if norm is None else norm)
 
 
 def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:

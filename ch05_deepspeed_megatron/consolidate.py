@@ -192,7 +192,9 @@ def main(argv: list[str] | None = None) -> dict:
     script.start(__file__, args)
     for name in ("meta.json", checkpoints.TAG, "config.json"):
         if not (args.checkpoint / name).exists():
-            raise script.UserError(f"{args.checkpoint} is no checkpoint of train_deepspeed.py ({name} is missing)")
+            raise script.UserError(
+                f"{args.checkpoint} is no checkpoint of train_deepspeed.py ({name} is missing); give one"
+            )
     if reason := sharded.fault(args.checkpoint):
         raise script.UserError(f"{args.checkpoint} is corrupt ({reason}); take another one")
     if args.folder.exists():

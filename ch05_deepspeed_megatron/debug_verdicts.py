@@ -1,7 +1,7 @@
 """From what a DeepSpeed job shows to its cause and its cure, each in one line. debug_deepspeed.py causes what it names.
 
 verdict = of_config(settings, ranks)                              # before anything starts
-with Fitting() as parts: ... with parts.of("gradients"): ...      # an allocation failed: of what?
+with part("gradients"): ...                                       # an allocation failed: of what?
 FirstNotFinite(model); of_numbers(...)                            # a loss scale that is too high, or a real NaN
 of_offload(...)                                                   # the disk, or how it is used?
 """

@@ -138,9 +138,14 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
 def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
     if optimizer is None:
         return
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    own = {*DEEPSPEED_OPTIMIZERS, "onebitadam", "onebitlamb", "zerooneadam"}
     kind, given = str(optimizer.get("type")), optimizer.get("params", {})
     classes = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
     if kind.lower() not in classes:
+        if kind.lower() in own:
+            return  # what it takes is known when it is made
         raise UserError(_unknown(kind, "optimizer.type", [c.__name__ for c in classes.values()], "value"))
     known = {name for name in inspect.signature(classes[kind.lower()]).parameters if name != "params"} | OF_ADAM
     for name in given:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ch04_fsdp import weights, zero_peers
@@ -83,6 +83,9 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
     """
     deepspeed = zero_peers.join(ctx.launch, ctx.device)
     files = weights.files_of_tensors(folder) if folder else {}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if surplus := [name for name in files if name not in known and not name.endswith("inv_freq")]:
+        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
     swapper = None  # of the first: each would have buffers of its own
     for prefix, unit in [*((f"model.layers.{n}.", layer) for n, layer in enumerate(model.model.layers)), ("", model)]:
         planned = {name: p for name, p in unit.named_parameters() if p.is_meta}
@@ -110,8 +113,11 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 def _read(whole: torch.Tensor, name: str, files: Mapping[str, Path], folder: Path) -> None:
     if name not in files:
         raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
-    with safe_open(files[name], framework="pt") as opened:
-        stored = opened.get_tensor(name)
+    try:
+        with safe_open(files[name], framework="pt") as opened:
+            stored = opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
     if stored.shape != whole.shape:
         raise UserError(
             f"{name} in {folder} is {list(stored.shape)}, the model's {list(whole.shape)}; check the folder"

@@ -154,6 +154,10 @@ def main(argv: list[str] | None = None) -> dict:
     config = checked(args.preset, layout, read_launch().world_size, args.seq_len)
     if lm.is_preset(args.preset):
         config.num_key_value_heads = args.kv_heads or config.num_key_value_heads
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"--kv-heads {args.kv_heads} does not divide {config.num_attention_heads} heads; take a divisor"
+            )
         config.tie_word_embeddings &= not args.untied
         layout.check(config, read_launch().world_size)
     elif args.kv_heads or args.untied:

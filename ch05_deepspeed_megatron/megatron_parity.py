@@ -21,7 +21,8 @@ import argparse
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import Outcome
 from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
-from ch05_deepspeed_megatron.megatron_strategies import OPTIONS, PLANTED, RaggedLlama, cases, option
+from ch05_deepspeed_megatron.megatron_strategies import OPTIONS, PLANTED, RaggedLlama, option
+from ch05_deepspeed_megatron.parity import cases
 from common import dist, script
 
 
@@ -31,7 +32,11 @@ def compare(args: argparse.Namespace, names: list[str]) -> list[Outcome]:
     classes = [option(name) for name in names]
     if launch.launcher == "python":
         return harness.check(
-            classes, cases(args.ranks, args.accumulation), RaggedLlama(), timeout_s=1800, in_turn=args.quick
+            classes,
+            [case for n in args.ranks for case in cases([n], args.accumulation)],
+            RaggedLlama(),
+            timeout_s=1800,
+            in_turn=args.quick,
         )
     with dist.session(args.device) as ctx:
         return harness.check_here(

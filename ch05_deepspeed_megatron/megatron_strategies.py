@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ch02_hardware_parallelism.comm import Comm
-from ch02_hardware_parallelism.harness import Case
 from ch02_hardware_parallelism.strategy import Batch, MakeOptimizer, Strategy, share
 from ch03_ddp import strategies as ddp_strategies
 from ch05_deepspeed_megatron import megatron_mapping as mapping
@@ -179,7 +178,7 @@ def option(name: str) -> type[Megatron]:
     if name not in globals():
         layout, flags = Layout(), set()
         for part in name.split("+"):
-            if match := re.fullmatch(r"(tp|pp)(\d+)", part):
+            if match := re.fullmatch(r"(tp|pp)([1-9]\d*)", part):
                 layout = dataclasses.replace(layout, **{match[1]: int(match[2])})
             elif part in ("dp", "sp", "zero1", "overlap"):
                 flags.add(part)
@@ -197,14 +196,3 @@ OPTIONS = [
 ]  # fmt: skip
 for _name in OPTIONS:
     option(_name)
-
-
-def cases(ranks: list[int], accumulation: list[int]) -> list[Case]:
-    """Float32, as Megatron-Core computes: four cases for each number of ranks in which each two settings meet in all
-    four combinations; an orthogonal array."""
-    return [
-        Case(n, accumulation[number % len(accumulation)], "float32", tied=tied, frozen=frozen, uneven=bool(number % 2),
-             by_hand=False)
-        for n in ranks
-        for number, (tied, frozen) in enumerate(((False, False), (True, True), (True, False), (False, True)))
-    ]  # fmt: skip

@@ -94,10 +94,19 @@ def clip_without_zero(engine: Any, max_norm: float) -> torch.Tensor:
     return norm
 
 
+def wide(gradient: torch.Tensor) -> torch.Tensor:
+    """What squares are summed in."""
+    return gradient if gradient.dtype == torch.float64 else gradient.float()
+
+
 def norm_without_zero(model: nn.Module) -> torch.Tensor:
     """The norm of all gradients, each expert's once, 0-d. A collective of an expert-parallel group."""
     shared, own = (
-        sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None and moe_model.is_expert(p) is kind)
+        sum(
+            wide(p.grad).square().sum()
+            for p in model.parameters()
+            if p.grad is not None and moe_model.is_expert(p) is kind
+        )
         for kind in (False, True)
     )
     own = torch.as_tensor(own, device=shared.device).clone()

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
-from common import dist, lm
+from common import dist, lm, profiling
 from common.script import UserError
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -30,8 +32,6 @@ def parse(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
         "say (default: configs/zero2.json beside this script)",
     )  # fmt: skip
     group.add_argument("--nvme-dir", type=Path, help='what an nvme_path "auto" stands for: a folder on the fast disk')
-    # the deepspeed launcher passes it to each rank, which knows it from LOCAL_RANK
-    group.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     ddp_options.add_survival_flags(made)
     args = ddp_options.check(made.parse_args(argv))
     if args.async_save:
@@ -59,6 +59,10 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         nvme=infinity.folder_for(args.nvme_dir, launch) if args.nvme_dir else None,
     )  # fmt: skip
     found = ds_config.prepare(args.deepspeed_config, known, launch.world_size)
+    if "optimizer" not in found:
+        raise UserError(f"{args.deepspeed_config} has no section optimizer; take it from configs/zero2.json")
+    if found.get("fp16", {}).get("enabled") and device.type == "cpu":
+        raise UserError("DeepSpeed has no float16 on a CPU; pass --dtype bf16 or fp32")
     if "scheduler" in found:
         raise UserError(
             f"{args.deepspeed_config}: the script sets the learning rate itself, step by step; remove scheduler"
@@ -73,6 +77,29 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         infinity.check_pinned(place.pinned)
     ops.build(ops.needed(found), device)
     return found
+
+
+def check_memory(args: argparse.Namespace, settings: engine.Settings, ctx: dist.Context) -> None:
+    """Before anything is allocated: weights, gradients, two moments and DeepSpeed's copy of the weights, float32.
+
+    Raises:
+        UserError: what a rank is to hold between two steps does not fit. Activations come on top.
+    """
+    stage, ranks = engine.stage_of(settings), ctx.world_size
+    devices = [engine.device_of(settings, what) for what in ("optimizer", "param")]
+    if "nvme" in devices:
+        return
+    whole = {0: 16, 1: 8, 2: 4, 3: 0}[stage] + ({1: 12, 2: 16, 3: 20}[stage] / ranks if stage else 0)
+    on_host = ctx.device.type == "cpu" or devices == ["cpu", "cpu"]
+    local = ctx.launch.local_world_size if on_host else 1
+    need = whole * lm.parameter_count(lm.config(args.preset, args.seq_len)) * local
+    where = torch.device("cpu") if on_host else ctx.device
+    if need > (free := profiling.available_memory(where)):
+        raise UserError(
+            f"{args.preset} takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} in stage {stage} on "
+            f"{ranks} ranks, and {free / 2**30:.0f} GiB are free; take more ranks, another config or a smaller --preset"
+        )
+    ctx.barrier("memory checked")  # none allocates before all have looked
 
 
 def of_a_resume(args: argparse.Namespace, corpus: Any, ctx: dist.Context, settings: engine.Settings) -> dict[str, Any]:

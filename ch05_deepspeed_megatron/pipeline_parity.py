@@ -19,27 +19,15 @@ Of the bugs one is DeepSpeed 0.19.8 as it comes: in float32 without ZeRO it clip
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import Case, Outcome
 from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
 from ch03_ddp.strategies import RaggedLlama
+from ch05_deepspeed_megatron.parity import cases
 from ch05_deepspeed_megatron.pipeline_strategies import OPTIONS, PLANTED
 from common import dist, script
-
-
-def pairs(ranks: Sequence[int], accumulation: Sequence[int]) -> list[Case]:
-    """Eight cases, an orthogonal array of strength two over five settings."""
-    return [
-        Case(
-            ranks[a % len(ranks)], accumulation[b % len(accumulation)], "float32",
-            tied=bool(c), frozen=a != b, uneven=a != c, by_hand=False,
-        )
-        for a, b, c in itertools.product((0, 1), repeat=3)
-    ]  # fmt: skip
 
 
 def chosen(text: str, known: dict[str, Any]) -> list[str]:
@@ -57,17 +45,17 @@ def compare(args: argparse.Namespace, options: list[str], bugs: list[str]) -> tu
     """On the ranks that torchrun or srun started, else on CPU ranks started here: the options', the bugs' outcomes."""
     launch = dist.read_launch()
     ranks = args.ranks if launch.launcher == "python" else [launch.world_size]
-    cases = pairs(ranks, args.accumulation)
+    wanted = cases(ranks, args.accumulation)
     if args.every_case:
-        cases = harness.all_cases(ranks, args.accumulation, ["float32"], by_hand=False)
+        wanted = harness.all_cases(ranks, args.accumulation, ["float32"], by_hand=False)
     # All bugs show in it: several micro-batches of unequal tokens, replicas where there are enough ranks, tied ends.
     worst = [Case(max(ranks), max(args.accumulation), "float32", tied=True, by_hand=False)]
     right, wrong = [OPTIONS[name] for name in options], [PLANTED[name] for name in bugs]
     if launch.launcher == "python":
-        checked = harness.check(right, cases, RaggedLlama(), timeout_s=3600, in_turn=args.quick) if right else []
+        checked = harness.check(right, wanted, RaggedLlama(), timeout_s=3600, in_turn=args.quick) if right else []
         return checked, harness.check(wrong, worst, RaggedLlama(), timeout_s=600) if wrong else []
     with dist.session(args.device) as ctx:
-        checked = harness.check_here(right, cases, RaggedLlama(), ctx, in_turn=args.quick) if right else []
+        checked = harness.check_here(right, wanted, RaggedLlama(), ctx, in_turn=args.quick) if right else []
         return checked, harness.check_here(wrong, worst, RaggedLlama(), ctx) if wrong else []
 
 
@@ -86,10 +74,12 @@ def main(argv: list[str] | None = None) -> dict:
     script.start(__file__, args)
     outcomes, planted = compare(args, options, bugs)
     done = [outcome for outcome in outcomes if not outcome.skipped]
-    if not done and options:
-        raise script.UserError(f"nothing was compared ({outcomes[0].skipped}); take other --ranks")
+    if not done and not any(not outcome.skipped for outcome in planted):
+        reason = next((outcome.skipped for outcome in [*outcomes, *planted]), "neither --option nor --planted")
+        raise script.UserError(f"nothing was compared ({reason}); take other --ranks or options")
     wrong = [outcome for outcome in done if not outcome.ok]
-    missed = [outcome.strategy for outcome in planted if outcome.ok or outcome.skipped]
+    shown = [outcome for outcome in planted if not outcome.skipped]
+    missed = [outcome.strategy for outcome in shown if outcome.ok]
     if dist.read_launch().rank == 0:
         if outcomes:
             print(matrix(outcomes))
@@ -104,8 +94,8 @@ def main(argv: list[str] | None = None) -> dict:
         "skipped": len(outcomes) - len(done),
         "largest_error": max((o.gradient_error for o in done), default=None),
         "largest_norm_error": max((o.norm_error for o in done), default=None),
-        "planted": len(planted),
-        "caught": len(planted) - len(missed),
+        "planted": len(shown),
+        "caught": len(shown) - len(missed),
     }
     if wrong or missed:
         raise script.CheckFailed(

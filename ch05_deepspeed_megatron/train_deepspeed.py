@@ -4,8 +4,8 @@ You learn   what deepspeed.initialize takes over (sharding, accumulation, clippi
             you (the loss's divisor, the schedule, checkpoints that survive a kill); what each line of a config does
 Laptop      torchrun --standalone --nproc-per-node=2 ch05_deepspeed_megatron/train_deepspeed.py
 Stages      ... train_deepspeed.py --deepspeed-config ch05_deepspeed_megatron/configs/zero3.json
-GPU node    deepspeed ch05_deepspeed_megatron/train_deepspeed.py --preset 1b --batch-size 4 --seq-len 2048 --lr 3e-4 \
-                --deepspeed-config ch05_deepspeed_megatron/configs/zero3.json
+GPU node    deepspeed --no_local_rank ch05_deepspeed_megatron/train_deepspeed.py --preset 1b --batch-size 4 \
+                --seq-len 2048 --lr 3e-4 --deepspeed-config ch05_deepspeed_megatron/configs/zero3.json
 Cluster     sbatch ch03_ddp/launch/train.sbatch ch05_deepspeed_megatron/train_deepspeed.py --preset 8b \
                 --deepspeed-config ch05_deepspeed_megatron/configs/zero3.json
 You see     the losses of train_fsdp.py, to rounding, in every stage; the hash of the weights on all ranks; tokens/s
@@ -22,7 +22,7 @@ from ch03_ddp import preemption, step
 from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
 from ch04_fsdp import export, weights, zero_peers
-from ch04_fsdp.options import agree
+from ch04_fsdp.options import agree, check_out, of_all_ranks
 from ch05_deepspeed_megatron import checkpoints, engine, options
 from common import dist, script
 
@@ -52,10 +52,13 @@ def main(argv: list[str] | None = None) -> dict:
     out: Path = args.out or run.folder
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx:
+        if args.out:
+            check_out(args.out, ctx)
         made_by = options.of_a_resume(args, corpus, ctx, settings)
         keeper = checkpoints.Keeper(out / "checkpoints", made_by, ctx, keep=args.keep)
         source = keeper.find(args)
-        agree(ctx, source, made_by | {"DeepSpeed config": settings})
+        agree(ctx, source, made_by | {"DeepSpeed config": settings} | of_all_ranks(args, ctx))
+        options.check_memory(args, settings, ctx)
         model = engine.build(
             args.preset, settings, ctx, seq_len=args.seq_len, seed=args.seed, dropout=args.dropout
         )  # fmt: skip

@@ -9,7 +9,7 @@ GPU node    torchrun --standalone --nproc-per-node=gpu ch05_deepspeed_megatron/t
                 --sequence-parallel --batch-size 2 --seq-len 2048 --lr 3e-4 --micro-batches 4 --overlap
 Two hosts   python -m ch02_hardware_parallelism.virtual_cluster --hosts 2 --ranks-per-host 2 --launch torchrun -- \\
                 ch05_deepspeed_megatron/train_megatron.py --tp 2 --pp 2 --steps 20
-Cluster     sbatch ch05_deepspeed_megatron/launch/megatron_3d.sbatch 8b-1node --out runs/job --resume auto
+Cluster     sbatch ch05_deepspeed_megatron/launch/megatron_3d.sbatch 8b-tp8 --out runs/job --resume auto
 You see     the same losses, to rounding, for every layout of the same --global-batch; what a rank holds of the weights
             go down to 1 / (tp x pp), of the optimizer's state by the replicas too; --out ends as a Hugging Face folder
 """

@@ -64,6 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise script.UserError("--compile is not for DeepSpeed's gate, which asks the device for sizes; leave it out")
     if args.ragged:
         raise script.UserError("--ragged is not for experts: padding would take their room; leave it out")
+    if not lm.is_preset(args.preset):
+        raise script.UserError(
+            f"experts are drawn at random here, and a folder has none; take of {', '.join(lm.PRESETS)}"
+        )
     args.record_samples = False
     return args
 

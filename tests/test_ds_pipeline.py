@@ -20,11 +20,11 @@ from ch03_ddp.feed import IGNORE, Batch
 from ch03_ddp.strategies import RaggedLlama
 from ch04_fsdp import weights, zero_peers
 from ch05_deepspeed_megatron import (
+    parity,
     pipeline_bubble,
     pipeline_engine,
     pipeline_model,
     pipeline_options,
-    pipeline_parity,
     train_pipeline,
 )
 from ch05_deepspeed_megatron.pipeline_strategies import OPTIONS, PLANTED
@@ -137,7 +137,7 @@ def test_two_stages_take_the_step_of_one_process(tmp_path: Path) -> None:
 
 def test_parity_of_each_option() -> None:
     options = [OPTIONS[name] for name in ("pipeline", "zero-1", "recompute", "four-stages")]
-    cases = pipeline_parity.pairs([2, 4], [1, 4])
+    cases = parity.cases([2, 4], [1, 4])
     assert {case.ranks for case in cases} == {2, 4}
     assert len({case.tied for case in cases}) == 2
     outcomes = harness.check(options, cases, RaggedLlama(), in_turn=True, timeout_s=120)

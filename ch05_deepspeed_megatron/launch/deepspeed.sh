@@ -33,7 +33,7 @@ else
     if [ -n "${SSH_CONFIG:-}" ]; then export PDSH_SSH_ARGS_APPEND="-F $SSH_CONFIG"; fi
 fi
 
-exec deepspeed \
+exec deepspeed --no_local_rank \
     --hostfile "$HOSTFILE" \
     --master_addr "${MASTER_ADDR:-$first_host}" \
     --master_port "${MASTER_PORT:-29500}" \
