@@ -65,8 +65,11 @@ def library(device: torch.device) -> ModuleType:
 
 
 def _extensions_dir(device: torch.device) -> Path:
-    """For what DeepSpeed compiles: of this Python, torch, DeepSpeed and processor (it compiles for the very one)."""
-    versions = [platform.python_version(), torch.__version__, metadata.version("deepspeed"), device.type]
+    """For what DeepSpeed compiles: of this Python, torch, DeepSpeed and processor (it compiles for the very one).
+
+    And of this environment's place, which stands in the compiler's commands: two would build it anew in turns.
+    """
+    versions = [sys.prefix, platform.python_version(), torch.__version__, metadata.version("deepspeed"), device.type]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         versions += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
