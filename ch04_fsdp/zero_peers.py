@@ -181,11 +181,12 @@ def update(engine: Any) -> torch.Tensor:
 
     In stage 0 and float32 DeepSpeed keeps it to itself; there each rank holds all gradients.
     """
-    held = [] if engine.zero_optimization() else [p.grad for p in engine.module.parameters() if p.grad is not None]
-    own = nn.utils.get_total_norm(held) if held else None
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        engine.step()
+        return norm
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return torch.as_tensor(own if norm is None else norm)
+    return torch.as_tensor(engine.get_global_grad_norm())
 
 
 def gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:

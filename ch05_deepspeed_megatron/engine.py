@@ -154,7 +154,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 def whole_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and whole float32 value of each parameter, sorted by name. A collective, one parameter at a time."""
-    if not engine.zero_optimization():
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in float32: the weights themselves
         return iter(sorted((name, p.detach()) for name, p in engine.module.named_parameters()))
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -13,7 +13,6 @@ What holds for a weight holds for its gradient: parity.py compares gradients by 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ch04_fsdp import weights
 from ch05_deepspeed_megatron.megatron_layout import Layout
 from ch05_deepspeed_megatron.megatron_model import head_dim
 from common.dist import Context
@@ -197,8 +197,4 @@ def whole_tensors(model: nn.Module, ctx: Context, order: list[str] | None = None
 
 def sha256(model: nn.Module, ctx: Context) -> str:
     """common.lm.weights_sha256 of the whole model, on every rank. A collective."""
-    digest = hashlib.sha256()
-    for name, whole in whole_tensors(model, ctx):
-        digest.update(name.encode())
-        digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return ctx.exchange("weights", digest.hexdigest())[0]
+    return ctx.exchange("weights", weights.sha256_of(whole_tensors(model, ctx)))[0]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
@@ -67,21 +63,3 @@ def check_memory(args: argparse.Namespace, config: Any, layout: Layout, ctx: Con
             "smaller --preset"
         )
     ctx.barrier("memory checked")  # none allocates before all have looked
-
-
-def agree(args: argparse.Namespace, ctx: Context, source: Path | None, settings: dict[str, Any]) -> None:
-    """
-    Raises:
-        UserError: the ranks have different versions of torch, flags, data or checkpoints; the line names what differs.
-    """
-    here = ("run_dir", "all_ranks", "device", "threads", "data", "out", "resume")  # may differ
-    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in here}
-    own = {"torch": torch.__version__, "checkpoint": source and source.name, "device": ctx.device.type}
-    said = [json.loads(text) for text in ctx.exchange("start", json.dumps(own | settings | flags))]
-    for name in said[0]:
-        values = list(dict.fromkeys(str(other.get(name)) for other in said))
-        if len(values) > 1:
-            raise UserError(
-                f"the ranks would start with different {name}: {' and '.join(values)}; give all nodes the same "
-                "environment, data, flags and checkpoints (a shared folder for --out)"
-            )

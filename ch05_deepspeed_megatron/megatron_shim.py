@@ -73,7 +73,7 @@ def install(device: torch.device) -> None:
     if device.type in _installed:
         return
     if _installed:
-        raise UserError(f"this process already runs Megatron-Core on {_installed.pop()}; start another one")
+        raise UserError(f"this process already runs Megatron-Core on {next(iter(_installed))}; start another one")
     _installed.add(device.type)
     with warnings.catch_warnings():
         # Apex and Transformer Engine are fused kernels for GPUs; without them it takes torch's own operations.

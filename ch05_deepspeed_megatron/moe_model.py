@@ -18,7 +18,6 @@ all-to-all inside its group. Ranks {0, 2} and {1, 3} are the expert-data-paralle
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -239,11 +238,7 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def sha256(model: nn.Module) -> str:
     """One hash of the whole model, the same for every ep_size if every bit is. A collective."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(whole_parameters(model), key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return weights.sha256_of(sorted(whole_parameters(model), key=lambda pair: pair[0]))
 
 
 def check_memory(config: Any, spec: Experts, ctx: Context) -> None:

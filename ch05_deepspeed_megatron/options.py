@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
@@ -80,7 +78,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_memory(args: argparse.Namespace, settings: engine.Settings, ctx: dist.Context) -> None:
-    """Before anything is allocated: weights, gradients, two moments and DeepSpeed's copy of the weights, float32.
+    """Before anything is allocated: weights, gradients, two moments and DeepSpeed's float32 copy of the weights.
 
     Raises:
         UserError: what a rank is to hold between two steps does not fit. Activations come on top.
@@ -89,11 +87,16 @@ def check_memory(args: argparse.Namespace, settings: engine.Settings, ctx: dist.
     devices = [engine.device_of(settings, what) for what in ("optimizer", "param")]
     if "nvme" in devices:
         return
-    whole = {0: 16, 1: 8, 2: 4, 3: 0}[stage] + ({1: 12, 2: 16, 3: 20}[stage] / ranks if stage else 0)
-    on_host = ctx.device.type == "cpu" or devices == ["cpu", "cpu"]
-    local = ctx.launch.local_world_size if on_host else 1
-    need = whole * lm.parameter_count(lm.config(args.preset, args.seq_len)) * local
-    where = torch.device("cpu") if on_host else ctx.device
+    size = engine.precision(settings).itemsize
+    held = {"optimizer": (12 if stage or size == 2 else 8, 1), "gradients": (size, 2), "param": (size, 3)}  # from stage
+    on_host = ctx.device.type == "cpu"
+    need = sum(
+        a_parameter / (ranks if stage >= shared_from else 1)
+        for what, (a_parameter, shared_from) in held.items()
+        if on_host or engine.device_of(settings, what) == "none"
+    )
+    need *= lm.parameter_count(lm.config(args.preset, args.seq_len)) * (ctx.launch.local_world_size if on_host else 1)
+    where = ctx.device
     if need > (free := profiling.available_memory(where)):
         raise UserError(
             f"{args.preset} takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} in stage {stage} on "

@@ -37,9 +37,11 @@ def main(argv: list[str] | None = None) -> dict:
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx, layout.groups(ctx, args.seed + 1):
         settings = fsdp_options.settings(args, corpus, ctx) | {"optimizer_states": args.optimizer_states}
+        if args.out:
+            fsdp_options.check_out(args.out, ctx)
         keeper = Keeper(out / "checkpoints", settings, ctx, keep=args.keep)
         source = keeper.find(args)
-        megatron_options.agree(args, ctx, source, keeper.settings)
+        fsdp_options.agree(ctx, source, keeper.settings | fsdp_options.of_all_ranks(args, ctx))
         megatron_options.check_memory(args, config, layout, ctx)
         dtype = training.compute_dtype(args.dtype, ctx.device)
         model = megatron_model.build(config, layout, ctx, dtype=dtype, dropout=args.dropout)

@@ -27,6 +27,7 @@ from ch03_ddp import options as ddp_options
 from ch03_ddp.feed import StepBatch
 from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
+from ch04_fsdp.options import agree, of_all_ranks
 from ch05_deepspeed_megatron import ds_config, moe_model, moe_step
 from ch05_deepspeed_megatron.moe_model import Experts
 from common import data, dist, lm, profiling, script
@@ -218,6 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.global_batch = args.global_batch or args.batch_size * ctx.world_size
         settings = settings_of(args, ctx)
         check_validation(args, corpus, ctx)
+        agree(ctx, None, settings | of_all_ranks(args, ctx) | {"data": corpus.folder.name})
         config = lm.config(args.preset, args.seq_len)
         config.attention_dropout = args.dropout
         moe_model.check_memory(config, spec, ctx)

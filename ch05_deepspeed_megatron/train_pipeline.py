@@ -31,7 +31,7 @@ from ch03_ddp.feed import IGNORE, Batch
 from ch03_ddp.report import Report
 from ch03_ddp.train_ddp import open_feed
 from ch04_fsdp import export, weights, zero_peers
-from ch04_fsdp.options import agree
+from ch04_fsdp.options import agree, check_out, of_all_ranks
 from ch05_deepspeed_megatron import pipeline_engine, pipeline_model, pipeline_options
 from ch05_deepspeed_megatron.pipeline_checkpoints import Keeper
 from common import data, dist, lm, script
@@ -124,9 +124,11 @@ def main(argv: list[str] | None = None) -> dict:
     out: Path = args.out or run.folder
     corpus = training.load_corpus(args)
     with dist.session(args.device, threads=args.threads) as ctx:
+        if args.out:
+            check_out(args.out, ctx)
         keeper = Keeper(out / "checkpoints", pipeline_options.settings(args, corpus, ctx), ctx, keep=args.keep)
         source = keeper.find(args)
-        agree(ctx, source, keeper.settings | {"config": args.settings})
+        agree(ctx, source, keeper.settings | of_all_ranks(args, ctx))
         meta = keeper.check(source) if source else {}
         pipeline_options.check_memory(args, ctx)
         engine = build(args, ctx)

@@ -35,7 +35,7 @@ from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
-OPTIONAL = {"gpu", "gpu_expect", "run_expect", "timeout_s"}
+OPTIONAL = {"gpu", "gpu_needs", "gpu_expect", "run_expect", "timeout_s"}
 EXPECTATIONS = ("expect", "gpu_expect", "run_expect")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -56,6 +56,7 @@ class Exercise:
     needs: list[str]
     expect: dict[str, str]
     gpu: str = ""
+    gpu_needs: list[str] = field(default_factory=list)
     gpu_expect: dict[str, str] = field(default_factory=dict)
     run_expect: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 300
@@ -101,7 +102,7 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
     if unknown := entry.keys() - REQUIRED - OPTIONAL:
         raise UserError(f"{where} has the unknown field {', '.join(sorted(unknown))}; fields are in CONTRIBUTING.md")
     for name, value in entry.items():
-        if name in ("covers", "needs"):
+        if name in ("covers", "needs", "gpu_needs"):
             kind, right = "list of strings", isinstance(value, list) and all(isinstance(v, str) for v in value)
         elif name in EXPECTATIONS:
             kind, right = "table", isinstance(value, dict)
@@ -117,7 +118,7 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
         raise UserError(f"{where}: script {entry['script']} does not exist; paths start at the repository's root")
     if not entry["expect"]:
         raise UserError(f"{where} expects nothing; name at least one RESULT field and what it must be")
-    for need in entry["needs"]:
+    for need in [*entry["needs"], *entry.get("gpu_needs", [])]:
         try:
             missing_for(need)
         except UserError as error:
@@ -299,7 +300,7 @@ def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
     """Run one exercise's smoke (or gpu) command and hold its RESULT against what is expected."""
     command = exercise.gpu if gpu else exercise.smoke
     expect = (exercise.gpu_expect or exercise.expect) if gpu else exercise.expect
-    needs = [*exercise.needs, "gpu"] if gpu else exercise.needs
+    needs = [*exercise.needs, *(exercise.gpu_needs or ["gpu"])] if gpu else exercise.needs
     if not command:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="has no gpu command")
     if lacking := [what for need in needs if (what := missing_for(need))]:
