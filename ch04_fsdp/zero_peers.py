@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ch03_ddp import step as ddp_step
 from ch03_ddp.feed import Batch
 from common import data
 from common.dist import Context, Launch
@@ -167,12 +166,17 @@ def backward(engine: Any, micro_batches: Sequence[Batch], tokens: int, world_siz
         )
     parts = []
     for number, (inputs, targets) in enumerate(micro_batches, 1):
-        loss = ddp_step.loss_sum(engine, inputs, targets)
+        # The sum over the tokens of these rows, over all tokens of the step. It is taken inside the model: DeepSpeed
+        # looks after each tensor that leaves the engine, and logits are large.
+        labels = targets.contiguous()
+        loss = engine(
+            input_ids=inputs, labels=labels, shift_labels=labels, num_items_in_batch=tokens, use_cache=False
+        ).loss
         # DeepSpeed divides by the ranks, and would by the micro-batches too: a mean of means, wrong for ragged rows.
-        engine.backward(loss * (world_size / tokens), scale_wrt_gas=False)
+        engine.backward(loss * world_size, scale_wrt_gas=False)
         if number < wanted:
             engine.step()  # counts; the last one, in `update`, is the step
-        parts.append(loss.detach() / tokens)
+        parts.append(loss.detach())
     return torch.stack(parts).sum()
 
 
