@@ -30,6 +30,7 @@ class Job(short_run.Job):
     """As chapter 4's; folder is the disk to offload to."""
 
     settings: str = "zero3"  # a file of configs/
+    sub_group_size: int | None = None  # in place of the file's
 
     def filled(self) -> dict[str, Any]:
         config = self.config()
@@ -38,7 +39,10 @@ class Job(short_run.Job):
             lr=self.lr, hidden=config.hidden_size, layers=config.num_hidden_layers, dtype=torch.float32,
             largest=max(shape.numel() for shape in infinity.shapes_of(config)), nvme=self.folder,
         )  # fmt: skip
-        return ds_config.prepare(options.CONFIGS / f"{self.settings}.json", known, self.ranks)
+        found = ds_config.prepare(options.CONFIGS / f"{self.settings}.json", known, self.ranks)
+        if self.sub_group_size:
+            found["zero_optimization"]["sub_group_size"] = self.sub_group_size
+        return found
 
     def place(self) -> infinity.Place:
         """What one rank holds, by the formula."""

@@ -191,6 +191,9 @@ def test_nvme_holds_the_parameters_on_disk_and_memory_is_lower_by_what_was_predi
     for name in ("zero3", "zero3_cpu_offload", "zero3_nvme"):
         (tmp_path / name).mkdir()
         own = dataclasses.replace(job, settings=name, folder=tmp_path / name)
+        if name == "zero3_cpu_offload":  # Adam's kernel rounds by the place in a sub-group: with equal ones, equal bits
+            part = dataclasses.replace(own, settings="zero3_nvme").filled()["zero_optimization"]["sub_group_size"]
+            own = dataclasses.replace(own, sub_group_size=part)
         ops.build(ops.needed(own.filled()), CPU)
         done = short_run.run(own, 120, offload_run.train)
         assert done.result, done.error
@@ -204,25 +207,15 @@ def test_nvme_holds_the_parameters_on_disk_and_memory_is_lower_by_what_was_predi
     assert saved == pytest.approx(predicted, rel=0.1)
     assert found["zero3_nvme"]["losses"] == pytest.approx(found["zero3"]["losses"], abs=1e-5)
     assert found["zero3_nvme"]["losses"] == found["zero3_cpu_offload"]["losses"]
+    assert found["zero3_nvme"]["weights_sha256"] == found["zero3_cpu_offload"]["weights_sha256"]
 
 
 @needs_aio
 def test_the_sweep_writes_a_section_that_is_valid(tmp_path: Path):
     ops.build([ops.AIO], CPU)
     argv = [
-        "--device",
-        "cpu",
-        "--mib",
-        "8",
-        "--block-kib",
-        "512,1024",
-        "--queue-depth",
-        "4",
-        "--threads",
-        "1",
-        "--rounds",
-        "1",
-    ]
+        "--device", "cpu", "--mib", "8", "--block-kib", "512,1024", "--queue-depth", "4", "--threads", "1", "--rounds", "1",
+    ]  # fmt: skip
     result = aio_sweep.main([*argv, "--run-dir", str(tmp_path), "--nvme-dir", str(tmp_path)])
     written = json.loads((tmp_path / "zero3_nvme.json").read_text())
     assert written["aio"]["block_size"] == result["best_block_size"] in (512 * 1024, MIB)
