@@ -34,6 +34,7 @@ from common.script import UserError
 from tests.spawn import run_ranks, values
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.timeout(900)  # DeepSpeed's operators are compiled where they are not yet: minutes
 MIB = 2**20
 needs_aio = pytest.mark.skipif(bool(exercises.missing_for("aio")), reason=f"needs {exercises.missing_for('aio')}")
 
