@@ -8,6 +8,7 @@ from typing import Any
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
+from ch04_fsdp import zero_peers
 from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
 from common import dist, lm, profiling
 from common.script import UserError
@@ -59,8 +60,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     found = ds_config.prepare(args.deepspeed_config, known, launch.world_size)
     if "optimizer" not in found:
         raise UserError(f"{args.deepspeed_config} has no section optimizer; take it from configs/zero2.json")
-    if found.get("fp16", {}).get("enabled") and device.type == "cpu":
-        raise UserError("DeepSpeed has no float16 on a CPU; pass --dtype bf16 or fp32")
+    accelerator = zero_peers.library(device).accelerator.get_accelerator()
+    if found.get("fp16", {}).get("enabled") and not accelerator.is_fp16_supported():
+        raise UserError(f"DeepSpeed has no float16 on a {device.type} like this; pass --dtype bf16 or fp32")
     if "scheduler" in found:
         raise UserError(
             f"{args.deepspeed_config}: the script sets the learning rate itself, step by step; remove scheduler"
