@@ -7,9 +7,10 @@ initialize(model, seed)  or  load(model, folder)   # random ones, or this rank's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,62 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
     return found
 
 
+class Stored:
+    """The tensors of a Hugging Face folder, read part by part; one file is open at a time, and closed for the next.
+
+    Raises:
+        UserError: the folder has no checkpoint, or a tensor that is not among the known.
+    """
+
+    def __init__(self, folder: Path, known: Collection[str]) -> None:
+        self.folder, self.files, self.bytes_read = folder, files_of_tensors(folder), 0
+        if surplus := [name for name in self.files if name not in known and not name.endswith("inv_freq")]:
+            raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
+        self._opened: dict[Path, Any] = {}
+
+    def check(self, name: str, shape: Sequence[int]) -> Any:
+        """The tensor, of which nothing has been read yet.
+
+        Raises:
+            UserError: it is missing, of another shape, or its file is unreadable.
+        """
+        if name not in self.files:
+            raise UserError(f"{self.folder} has no tensor {name}; it is a checkpoint of another model")
+        with self._readable():
+            if self.files[name] not in self._opened:
+                self._opened = {
+                    self.files[name]: safe_open(self.files[name], framework="pt")
+                }  # the one before is closed
+            found = self._opened[self.files[name]].get_slice(name)
+            has = list(found.get_shape())
+        if has != list(shape):
+            raise UserError(
+                f"{name} in {self.folder} is {has}, the model's {list(shape)}; it is a checkpoint of another model"
+            )
+        return found
+
+    def read(self, name: str, shape: Sequence[int], part: slice | tuple[slice, ...] = slice(None)) -> torch.Tensor:
+        """
+        Args:
+            shape: of the whole tensor.
+
+        Raises:
+            UserError: as check says.
+        """
+        found = self.check(name, shape)
+        with self._readable():
+            piece: torch.Tensor = found[part]
+        self.bytes_read += piece.numel() * piece.element_size()
+        return piece
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the checkpoint in {self.folder} ({error}); copy it again") from None
+
+
 @torch.no_grad()
 def load(model: nn.Module, folder: Path) -> int:
     """Fill a sharded model from safetensors. Each rank reads its own rows from the disk; none holds a whole model.
@@ -139,32 +196,14 @@ def load(model: nn.Module, folder: Path) -> int:
         UserError: a tensor is missing, too many, of another shape or unreadable: the checkpoint is of another model.
     """
     reshard(model)
-    found = files_of_tensors(folder)
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if surplus := [name for name in found if name not in known and not name.endswith("inv_freq")]:
-        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
-    read = 0
-    opened: dict[Path, Any] = {}
-    try:
-        for name, parameter in disk.visited(model, changed=True):  # a tied one once
-            if name not in found:
-                raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
-            if found[name] not in opened:
-                opened = {found[name]: safe_open(found[name], framework="pt")}  # the one before is closed
-            stored = opened[found[name]].get_slice(name)
-            if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise UserError(
-                    f"{name} in {folder} is {list(stored.get_shape())}, the model's {list(parameter.shape)}; it is a "
-                    "checkpoint of another model"
-                )
-            own, rows = _own(parameter)
-            if own.numel():
-                part = stored[rows]
-                own.copy_(part)
-                read += part.numel() * part.element_size()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
-    return read
+    stored = Stored(folder, {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    for name, parameter in disk.visited(model, changed=True):  # a tied one once
+        own, rows = _own(parameter)
+        if own.numel():
+            own.copy_(stored.read(name, parameter.shape, rows))
+        else:
+            stored.check(name, parameter.shape)
+    return stored.bytes_read
 
 
 def _own(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:

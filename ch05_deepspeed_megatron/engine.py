@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ch04_fsdp import weights, zero_peers
@@ -82,17 +81,15 @@ def _fill_in_shards(model: nn.Module, folder: Path | None, seed: int, settings: 
     deepspeed.zero.Init would do so while a model is built, but with values that depend on the stage.
     """
     deepspeed = zero_peers.join(ctx.launch, ctx.device)
-    files = weights.files_of_tensors(folder) if folder else {}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if surplus := [name for name in files if name not in known and not name.endswith("inv_freq")]:
-        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
+    stored = weights.Stored(folder, known) if folder else None
     swapper = None  # of the first: each would have buffers of its own
     for prefix, unit in [*((f"model.layers.{n}.", layer) for n, layer in enumerate(model.model.layers)), ("", model)]:
         planned = {name: p for name, p in unit.named_parameters() if p.is_meta}
         for name, parameter in planned.items():
             whole = torch.empty(parameter.shape, device=ctx.device)
-            if folder:
-                _read(whole, prefix + name, files, folder)
+            if stored:
+                whole.copy_(stored.read(prefix + name, whole.shape))
             else:
                 weights.draw(whole, prefix + name, seed, model.config.initializer_range)
             _replace(unit, parameter, nn.Parameter(whole.to(precision(settings))))  # what is sharded stays in it
@@ -108,21 +105,6 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, parameter in list(inner._parameters.items()):
             if parameter is old:
                 inner._parameters[name] = new
-
-
-def _read(whole: torch.Tensor, name: str, files: Mapping[str, Path], folder: Path) -> None:
-    if name not in files:
-        raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
-    try:
-        with safe_open(files[name], framework="pt") as opened:
-            stored = opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
-    if stored.shape != whole.shape:
-        raise UserError(
-            f"{name} in {folder} is {list(stored.shape)}, the model's {list(whole.shape)}; check the folder"
-        )
-    whole.copy_(stored)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -16,14 +16,12 @@ A preset is first made and saved as a folder, with random weights. Rank 0 alone 
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ch04_fsdp import export, weights
@@ -47,36 +45,16 @@ def load(model: nn.Module, folder: Path, ctx: Context) -> int:
     Raises:
         UserError: a tensor is missing, of another shape or unreadable: the checkpoint is of another model.
     """
-    found, wanted = weights.files_of_tensors(folder), mapping.shapes(model.hf_config)
-    known = wanted.keys() | {"lm_head.weight"}
-    if surplus := [name for name in found if name not in known and not name.endswith("inv_freq")]:
-        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
-    opened: dict[Path, Any] = {}
-    total = 0
+    wanted = mapping.shapes(model.hf_config)
+    stored = weights.Stored(folder, wanted.keys() | {"lm_head.weight"})
 
     def read(name: str, dim: int | None, part: int, parts: int) -> torch.Tensor:
-        nonlocal total
-        if name not in found:
-            raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
-        if found[name] not in opened:
-            opened[found[name]] = safe_open(found[name], framework="pt")
-        stored = opened[found[name]].get_slice(name)
-        if tuple(stored.get_shape()) != wanted[name]:
-            raise UserError(
-                f"{name} in {folder} is {stored.get_shape()}, the model's {list(wanted[name])}; it is a checkpoint of "
-                "another model"
-            )
         size = wanted[name][dim or 0] // parts
-        rows = slice(part * size, (part + 1) * size)
-        piece = stored[:, rows] if dim == 1 else stored[rows]
-        total += piece.numel() * piece.element_size()
-        return piece
+        own = slice(part * size, (part + 1) * size)
+        return stored.read(name, wanted[name], (slice(None), own) if dim == 1 else own)
 
-    try:
-        mapping.fill(model, ctx, read)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
-    return total
+    mapping.fill(model, ctx, read)
+    return stored.bytes_read
 
 
 def initialize(model: nn.Module, seed: int, ctx: Context) -> None:
@@ -86,11 +64,7 @@ def initialize(model: nn.Module, seed: int, ctx: Context) -> None:
 
     def read(name: str, dim: int | None, part: int, parts: int) -> torch.Tensor:
         whole = torch.empty(wanted[name], device=ctx.device)
-        if whole.dim() < 2:
-            return whole.fill_(1.0)
-        number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-        generator = torch.Generator(ctx.device).manual_seed(number)
-        whole.normal_(0.0, config.initializer_range, generator=generator)
+        weights.draw(whole, name, seed, config.initializer_range)
         return whole.chunk(parts, dim)[part] if dim is not None else whole
 
     mapping.fill(model, ctx, read)

@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ch03_ddp.feed import IGNORE
@@ -225,24 +224,10 @@ def load(module: Any, folder: Path) -> None:
     Raises:
         UserError: a tensor is missing, too many, of another shape, or unreadable.
     """
-    found = weights.files_of_tensors(folder)
     known = {name for name, _ in lm.build(module.config, "meta").named_parameters(remove_duplicate=False)}
-    if surplus := [name for name in found if name not in known and not name.endswith("inv_freq")]:
-        raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
+    stored = weights.Stored(folder, known)
     for name, parameter in named_parameters(module):
-        if name not in found:
-            raise UserError(f"{folder} has no tensor {name}; it is a checkpoint of another model")
-        try:
-            with safe_open(found[name], framework="pt") as file:
-                stored = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the checkpoint in {folder} ({error}); copy it again") from None
-        if stored.shape != parameter.shape:
-            raise UserError(
-                f"{name} in {folder} is {list(stored.shape)}, the model's {list(parameter.shape)}; it is a checkpoint "
-                "of another model"
-            )
-        parameter.copy_(stored)
+        parameter.copy_(stored.read(name, parameter.shape))
 
 
 def master(parameter: nn.Parameter) -> torch.Tensor:
