@@ -83,6 +83,22 @@ def main(argv: list[str] | None = None) -> dict:
     return verdict(compare(args, options))
 
 
+def summary(outcomes: list[Outcome]) -> dict:
+    """RESULT fields. Errors are relative, the largest of all that was compared."""
+    done = [outcome for outcome in outcomes if not outcome.skipped]
+    return {
+        "options": len({outcome.strategy for outcome in done}),
+        "compared": len(done),
+        "wrong": len([outcome for outcome in done if not outcome.ok]),
+        "skipped": len(outcomes) - len(done),
+        "largest_norm_error": max((o.norm_error for o in done), default=None),
+        **{
+            f"largest_error_{d}": max((o.gradient_error for o in done if o.case.dtype == d), default=None)
+            for d in TOLERANCE
+        },
+    }
+
+
 def verdict(outcomes: list[Outcome]) -> dict:
     """Print the table, and what is wrong in words. Returns the RESULT.
 
@@ -98,17 +114,7 @@ def verdict(outcomes: list[Outcome]) -> dict:
             print(notes)
     if not done:
         raise script.UserError(f"nothing was compared ({outcomes[0].skipped}); take other --ranks")
-    result = {
-        "options": len({outcome.strategy for outcome in done}),
-        "compared": len(done),
-        "wrong": len(wrong),
-        "skipped": len(outcomes) - len(done),
-        "largest_norm_error": max(o.norm_error for o in done),
-        **{
-            f"largest_error_{d}": max((o.gradient_error for o in done if o.case.dtype == d), default=None)
-            for d in TOLERANCE
-        },
-    }
+    result = summary(outcomes)
     if wrong:
         raise script.CheckFailed(f"{len(wrong)} of {len(done)} comparisons differ from one process", result)
     return result

@@ -20,7 +20,8 @@ import argparse
 
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import Outcome
-from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
+from ch02_hardware_parallelism.parity import whole_numbers
+from ch04_fsdp.parity import verdict
 from ch05_deepspeed_megatron.megatron_strategies import OPTIONS, PLANTED, RaggedLlama, option
 from ch05_deepspeed_megatron.parity import cases
 from common import dist, script
@@ -31,13 +32,8 @@ def compare(args: argparse.Namespace, names: list[str]) -> list[Outcome]:
     launch = dist.read_launch()
     classes = [option(name) for name in names]
     if launch.launcher == "python":
-        return harness.check(
-            classes,
-            [case for n in args.ranks for case in cases([n], args.accumulation)],
-            RaggedLlama(),
-            timeout_s=1800,
-            in_turn=args.quick,
-        )
+        wanted = [case for n in args.ranks for case in cases([n], args.accumulation)]
+        return harness.check(classes, wanted, RaggedLlama(), timeout_s=1800, in_turn=args.quick)
     with dist.session(args.device) as ctx:
         return harness.check_here(
             classes, cases([launch.world_size], args.accumulation), RaggedLlama(), ctx, in_turn=args.quick
@@ -58,28 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
     if max(args.ranks) > 8:
         raise script.UserError(f"--ranks {max(args.ranks)} is more than this is made for; take 1 to 8")
     script.start(__file__, args)
-    outcomes = compare(args, names)
-    done = [outcome for outcome in outcomes if not outcome.skipped]
-    wrong = [outcome for outcome in done if not outcome.ok]
-    if dist.read_launch().rank == 0:
-        print(matrix(outcomes))
-        if notes := explain(outcomes):
-            print(notes)
-    if not done:
-        raise script.UserError(f"nothing was compared ({outcomes[0].skipped}); take other --ranks")
-    result = {
-        "options": len({outcome.strategy for outcome in done}),
-        "compared": len(done),
-        "wrong": len(wrong),
-        "skipped": len(outcomes) - len(done),
-        "largest_gradient_error": max(o.gradient_error for o in done),
-        "largest_norm_error": max(o.norm_error for o in done),
-        "largest_weight_error": max(o.weight_error for o in done),
-        "largest_loss_error": max(o.loss_error for o in done),
-    }
-    if wrong:
-        raise script.CheckFailed(f"{len(wrong)} of {len(done)} comparisons differ from one process", result)
-    return result
+    return verdict(compare(args, names))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import argparse
 import os
 
 from ch02_hardware_parallelism import harness
-from ch02_hardware_parallelism.harness import TOLERANCE, Case, Outcome
+from ch02_hardware_parallelism.harness import Case, Outcome
 from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
 from ch04_fsdp import parity as fsdp_parity
 from ch05_deepspeed_megatron.moe_strategies import FAULTS, OPTIONS, PROBLEMS, option
@@ -131,14 +131,7 @@ def main(argv: list[str] | None = None) -> dict:
     wrong = [o for o in done if not o.ok]
     result = {
         "problems": len({problem for problem, _ in healthy}),
-        "options": len({o.strategy for o in done}),
-        "compared": len(done),
-        "wrong": len(wrong),
-        "largest_norm_error": max(o.norm_error for o in done),
-        **{
-            f"largest_error_{d}": max((o.gradient_error for o in done if o.case.dtype == d), default=None)
-            for d in TOLERANCE
-        },
+        **fsdp_parity.summary([o for _, o in healthy]),
         "faults_planted": len(planted),
         "faults_named": sum(named(o) for o in planted),
         "deepspeeds_norm_error": max((o.norm_error for o in planted if o.strategy.endswith(FAULTS[1])), default=None),

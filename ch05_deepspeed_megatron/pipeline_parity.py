@@ -25,6 +25,7 @@ from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import Case, Outcome
 from ch02_hardware_parallelism.parity import explain, matrix, whole_numbers
 from ch03_ddp.strategies import RaggedLlama
+from ch04_fsdp.parity import summary
 from ch05_deepspeed_megatron.parity import cases
 from ch05_deepspeed_megatron.pipeline_strategies import OPTIONS, PLANTED
 from common import dist, script
@@ -87,16 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
                 print(notes)
         for outcome in planted:
             print(f"planted {outcome.strategy:20} {outcome.diagnosis() or 'not seen'}")
-    result = {
-        "options": len({outcome.strategy for outcome in done}),
-        "compared": len(done),
-        "wrong": len(wrong),
-        "skipped": len(outcomes) - len(done),
-        "largest_error": max((o.gradient_error for o in done), default=None),
-        "largest_norm_error": max((o.norm_error for o in done), default=None),
-        "planted": len(shown),
-        "caught": len(shown) - len(missed),
-    }
+    result = summary(outcomes) | {"planted": len(shown), "caught": len(shown) - len(missed)}
     if wrong or missed:
         raise script.CheckFailed(
             f"{len(wrong)} of {len(done)} comparisons differ from one process; of the bugs {len(missed)} went unseen",
