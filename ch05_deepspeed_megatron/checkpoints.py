@@ -40,8 +40,11 @@ class Keeper(sharded.Keeper):
             torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
             if self.ctx.is_main:
                 engine.module.config.save_pretrained(partial)
-            engine.save_checkpoint(str(partial), tag=TAG)
+            self._save_engine(engine, partial)
         self._write(step, partial, position, None, val_loss)
+
+    def _save_engine(self, engine: Any, partial: Path) -> None:
+        engine.save_checkpoint(str(partial), tag=TAG)
 
     def _own_files(self, folder: Path) -> list[Path]:
         """Those that this rank has written: rank 0 also what belongs to none of them."""

@@ -12,27 +12,16 @@ from typing import Any
 
 import torch
 
-from ch01_intro import training
-from ch04_fsdp import checkpoints
+from ch05_deepspeed_megatron import checkpoints
 from common.script import UserError
 
 
 class Keeper(checkpoints.Keeper):
     """Saves to `folder`: the newest `keep` and the one of the lowest validation loss stay. All collectives."""
 
-    def save(self, step: int, engine: Any, position: int, val_loss: float | None = None) -> None:  # type: ignore[override]
-        """
-        Raises:
-            UserError: the folder cannot be written to, or the disk is full.
-        """
-        partial = self._begin(step)
-        with self._full_disk_named():
-            torch.save(training.random_state(), partial / f"rng-{self.ctx.rank}.pt")
-            if self.ctx.is_main:
-                engine.module.config.save_pretrained(partial)
-            engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+    def _save_engine(self, engine: Any, partial: Path) -> None:
+        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         self.ctx.barrier("checkpoint written")  # before the files are shared out, to be hashed
-        self._write(step, partial, position, None, val_loss)
 
     def _own_files(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_file())[self.ctx.rank :: self.ctx.world_size]
