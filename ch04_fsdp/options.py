@@ -117,13 +117,25 @@ def check_memory(args: argparse.Namespace, sharding: Sharding, ctx: Context) -> 
     need = 16 * lm.parameter_count(lm.config(args.preset, args.seq_len)) // shards
     need *= ctx.launch.local_world_size if on_host else 1
     where = torch.device("cpu") if on_host else ctx.device
+    what, cure = f"{args.preset} in {shards} shards", "take more ranks, another --offload or a smaller --preset"
+    check_fits(need, where, ctx, what, cure)
+
+
+def check_fits(need: float, where: torch.device, ctx: Context, what: str, cure: str) -> None:
+    """No rank allocates before all have looked.
+
+    Args:
+        need: bytes of what this rank, or on a CPU this host's ranks, hold between two steps.
+
+    Raises:
+        UserError: so many are not free.
+    """
     if need > (free := profiling.available_memory(where)):
         raise UserError(
-            f"{args.preset} in {shards} shards takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} for "
-            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks, another "
-            "--offload or a smaller --preset"
+            f"{what} takes {need / 2**30:.0f} GiB of {'this host' if where.type == 'cpu' else where} for weights, "
+            f"gradients and optimizer, and {free / 2**30:.0f} GiB are free; {cure}"
         )
-    ctx.barrier("memory checked")  # none allocates before all have looked
+    ctx.barrier("memory checked")
 
 
 def check_out(out: Path, ctx: Context) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
+from ch04_fsdp import options as fsdp_options
 from ch05_deepspeed_megatron.megatron_layout import Layout, add_layout_flags, checked
-from common import lm, profiling
+from common import lm
 from common.dist import Context, read_launch
 from common.script import UserError, at_least
 
@@ -52,14 +55,14 @@ def check_memory(args: argparse.Namespace, config: Any, layout: Layout, ctx: Con
     Raises:
         UserError: what a rank holds between two steps does not fit: weights, float32 gradients, optimizer's state.
     """
-    shards = layout.tp * layout.pp
-    states = 8 / (layout.dp(ctx.world_size) if args.optimizer_states == "sharded" else 1)
-    need = lm.parameter_count(config) / shards * (8 + states)
-    need *= ctx.launch.local_world_size if ctx.device.type == "cpu" else 1
-    if need > (free := profiling.available_memory(ctx.device)):
-        raise UserError(
-            f"{args.preset} over --tp {layout.tp} x --pp {layout.pp} takes {need / 2**30:.0f} GiB of {ctx.device} for "
-            f"weights, gradients and optimizer, and {free / 2**30:.0f} GiB are free; take more ranks a model or a "
-            "smaller --preset"
-        )
-    ctx.barrier("memory checked")  # none allocates before all have looked
+    replicas = layout.dp(ctx.world_size) if args.optimizer_states == "sharded" else 1
+    need = states(training.compute_dtype(args.dtype, ctx.device), replicas) * lm.parameter_count(config)
+    need *= (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1) / (layout.tp * layout.pp)
+    what = f"{args.preset} over --tp {layout.tp} x --pp {layout.pp}"
+    fsdp_options.check_fits(need, ctx.device, ctx, what, "take more ranks a model or a smaller --preset")
+
+
+def states(dtype: torch.dtype, replicas: int) -> float:
+    """Bytes a parameter of a rank's part: itself, a float32 gradient, two moments and, under bf16, a float32 copy, the
+    last two shared out among the replicas."""
+    return dtype.itemsize + 4 + (8 if dtype == torch.float32 else 12) / replicas

@@ -30,6 +30,7 @@ from torch import nn
 
 from ch01_intro import training
 from ch04_fsdp import weights, zero_peers
+from ch04_fsdp.options import check_fits
 from common import lm, profiling
 from common.dist import Context, Launch
 from common.script import UserError
@@ -241,8 +242,8 @@ def sha256(model: nn.Module) -> str:
     return weights.sha256_of(sorted(whole_parameters(model), key=lambda pair: pair[0]))
 
 
-def check_memory(config: Any, spec: Experts, ctx: Context) -> None:
-    """Before anything is allocated: 16 bytes a parameter that a rank holds, without ZeRO's savings.
+def check_memory(config: Any, spec: Experts, ctx: Context, stage: int, dtype: torch.dtype) -> None:
+    """Before anything is allocated: what a rank holds without ZeRO's savings. Activations come on top.
 
     Raises:
         UserError: it does not fit.
@@ -250,13 +251,10 @@ def check_memory(config: Any, spec: Experts, ctx: Context) -> None:
     layers = config.num_hidden_layers // spec.every
     more = spec.experts // spec.ep_size - 1 + spec.residual
     held = lm.parameter_count(config) + layers * more * 3 * config.hidden_size * config.intermediate_size
-    need = 16 * held * (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1)
-    if need > (free := profiling.available_memory(ctx.device)):
-        raise UserError(
-            f"{held:,} parameters a rank take {need / 2**30:.0f} GiB for weights, gradients and optimizer, and "
-            f"{free / 2**30:.0f} GiB are free; take fewer --experts, a larger --ep-size or a smaller --preset"
-        )
-    ctx.barrier("memory checked")  # none allocates before all have looked
+    each = 2 * dtype.itemsize + (12 if stage or dtype != torch.float32 else 8)  # 12: with a float32 copy of the weights
+    need = each * held * (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1)
+    cure = "take fewer --experts, a larger --ep-size or a smaller --preset"
+    check_fits(need, ctx.device, ctx, f"a rank's {held:,} parameters", cure)
 
 
 def flops_per_token(config: Any, spec: Experts, seq_len: int) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch04_fsdp import zero_peers
-from ch05_deepspeed_megatron import activation_checkpointing, ds_config, engine, infinity, ops
-from common import dist, lm, profiling
+from ch04_fsdp.options import check_fits
+from ch05_deepspeed_megatron import activation_checkpointing, ds_check, ds_config, engine, infinity, ops
+from common import dist, lm
 from common.script import UserError
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -67,6 +68,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"{args.deepspeed_config}: the script sets the learning rate itself, step by step; remove scheduler"
         )
+    settled(args, found)
     if args.compile and engine.stage_of(found) == 3:
         raise UserError(
             "--compile and ZeRO stage 3 exclude each other: its hooks break each layer's graph; leave it out"
@@ -77,6 +79,21 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         infinity.check_pinned(place.pinned)
     ops.build(ops.needed(found), device)
     return found
+
+
+def settled(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Let flags say what the file says where it does not say "auto".
+
+    Raises:
+        UserError: the file has other batches than the flags, by which data are shared out.
+    """
+    accumulation = args.global_batch // (args.batch_size * dist.read_launch().world_size)
+    by_flags = (args.global_batch, args.batch_size, accumulation)
+    for name, wanted in zip(ds_check.BATCH, by_flags, strict=True):
+        if found.setdefault(name, wanted) != wanted:
+            raise UserError(f'{args.deepspeed_config}: {name} is {found[name]}, by the flags {wanted}; say "auto"')
+    args.clip = found.setdefault("gradient_clipping", args.clip)  # without it DeepSpeed clips at 1
+    args.dtype = next(name for name, dtype in training.DTYPES.items() if dtype == engine.precision(found))
 
 
 def check_memory(args: argparse.Namespace, settings: engine.Settings, ctx: dist.Context) -> None:
@@ -98,13 +115,8 @@ def check_memory(args: argparse.Namespace, settings: engine.Settings, ctx: dist.
         if on_host or engine.device_of(settings, what) == "none"
     )
     need *= lm.parameter_count(lm.config(args.preset, args.seq_len)) * (ctx.launch.local_world_size if on_host else 1)
-    where = ctx.device
-    if need > (free := profiling.available_memory(where)):
-        raise UserError(
-            f"{args.preset} takes {need / 2**30:.0f} GiB of {'this host' if on_host else where} in stage {stage} on "
-            f"{ranks} ranks, and {free / 2**30:.0f} GiB are free; take more ranks, another config or a smaller --preset"
-        )
-    ctx.barrier("memory checked")  # none allocates before all have looked
+    cure = "take more ranks, another config or a smaller --preset"
+    check_fits(need, ctx.device, ctx, f"{args.preset} in stage {stage} on {ranks} ranks", cure)
 
 
 def of_a_resume(args: argparse.Namespace, corpus: Any, ctx: dist.Context, settings: engine.Settings) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
+from ch04_fsdp.options import check_fits
 from ch05_deepspeed_megatron import ds_config, engine, pipeline_model
-from common import data, dist, lm, profiling
+from common import data, dist, lm
 from common.dist import Context
 from common.script import UserError, at_least
 
@@ -105,19 +106,16 @@ def check_memory(args: argparse.Namespace, ctx: Context) -> None:
     """Before anything is allocated. Activations come on top.
 
     Raises:
-        UserError: the largest stage does not fit: 16 bytes a parameter, with ZeRO 1 less where there are replicas.
+        UserError: the largest stage does not fit: weights, gradients (in bf16 their float32 sums too) and moments;
+            ZeRO 1 has a float32 copy of the weights, and shares it and the moments out among the replicas.
     """
     config = lm.config(args.preset, args.seq_len)
     sizes = pipeline_model.layer_parameters(config)
     largest = max(sum(sizes[a:b]) for a, b in zip(args.parts, args.parts[1:], strict=False))
-    local = ctx.launch.local_world_size if ctx.device.type == "cpu" else 1
-    need, free = 16 * largest * local, profiling.available_memory(ctx.device)
-    if need > free:
-        raise UserError(
-            f"the largest of {args.stages} stages of {args.preset} takes {need / 2**30:.0f} GiB for weights, gradients "
-            f"and optimizer, and {free / 2**30:.0f} GiB are free; take more --stages or a smaller --preset"
-        )
-    ctx.barrier("memory checked")  # none allocates before all have looked
+    each = 8 + 12 / args.replicas if engine.stage_of(args.settings) else 16
+    need = each * largest * (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1)
+    what, cure = f"the largest of {args.stages} stages of {args.preset}", "take more --stages or a smaller --preset"
+    check_fits(need, ctx.device, ctx, what, cure)
 
 
 def settings(args: argparse.Namespace, corpus: data.Corpus, ctx: Context) -> dict[str, Any]:

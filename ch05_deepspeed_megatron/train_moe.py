@@ -222,7 +222,8 @@ def main(argv: list[str] | None = None) -> dict:
         agree(ctx, None, settings | of_all_ranks(args, ctx) | {"data": corpus.folder.name})
         config = lm.config(args.preset, args.seq_len)
         config.attention_dropout = args.dropout
-        moe_model.check_memory(config, spec, ctx)
+        dtype = training.compute_dtype(args.dtype, ctx.device)
+        moe_model.check_memory(config, spec, ctx, settings["zero_optimization"]["stage"], dtype)
         model = moe_model.build(config, spec, ctx.device, seed=args.seed)
         optimizer = moe_model.optimizer(model, args.lr)
         engine = moe_model.initialize(model, optimizer, moe_step.without_its_clipping(settings), ctx.launch, ctx.device)

@@ -17,7 +17,13 @@ import transformers
 
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.harness import Case
-from ch05_deepspeed_megatron import megatron_convert, megatron_mapping, megatron_parity, train_megatron
+from ch05_deepspeed_megatron import (
+    megatron_convert,
+    megatron_mapping,
+    megatron_options,
+    megatron_parity,
+    train_megatron,
+)
 from ch05_deepspeed_megatron.megatron_checkpoints import Keeper
 from ch05_deepspeed_megatron.megatron_layout import Layout
 from ch05_deepspeed_megatron.megatron_strategies import PLANTED, RaggedLlama, option
@@ -234,7 +240,6 @@ def reference_layouts() -> dict[str, tuple[str, int, int]]:
 def test_reference_layouts_fit_their_model_and_nodes(
     name: str, monkeypatch: pytest.MonkeyPatch, no_launcher: object
 ) -> None:
-    from ch05_deepspeed_megatron import megatron_options
 
     flags, nodes, gpus = reference_layouts()[name]
     monkeypatch.setenv("WORLD_SIZE", str(nodes * gpus))
@@ -243,7 +248,8 @@ def test_reference_layouts_fit_their_model_and_nodes(
     assert nodes * gpus == layout.tp * layout.pp * layout.dp(nodes * gpus)
     assert layout.tp <= gpus, "tensor parallelism stays inside a node"
     shard = lm.parameter_count(config) / (layout.tp * layout.pp)
-    assert shard * (8 + 8 / layout.dp(nodes * gpus)) < 60 * 2**30, "of an 80 GiB card"
+    held = shard * megatron_options.states(torch.bfloat16, layout.dp(nodes * gpus))
+    assert held < 60 * 2**30, "of an 80 GiB card"
     assert args.global_batch % layout.dp(nodes * gpus) == 0
 
 
