@@ -241,17 +241,9 @@ def missing_for(need: str) -> str:
     if need in ENVIRONMENTS:
         return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
     known = [
-        "gpu",
-        "gpus>=N",
-        "cores>=N",
-        "memory_gib>=N",
-        "root",
-        "netns",
-        "slurm",
-        "aio",
-        *PROGRAMS,
+        "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", *PROGRAMS,
         *sorted(ENVIRONMENTS),
-    ]
+    ]  # fmt: skip
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
 
 

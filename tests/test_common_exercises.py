@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_a_good_manifest(chapter: Path) -> None:
     assert (one.chapter, one.id, one.covers) == ("ch01_fake", "one", ["e01"])
     assert (one.expect, one.timeout_s) == ({"value": "== 1"}, 300)
     assert (two.id, two.gpu, two.timeout_s) == ("two", "x", 9.5)
+    assert exercises.smoke(replace(two, gpu_needs=["gpus>=999"]), gpu=True).note.startswith("needs gpus >= 999")
     assert exercises.chapters(chapter.parent) == [chapter]
     assert [e.id for e in select("ch01", None, chapter.parent)] == ["one", "two"]
     assert [e.id for e in select("ch01_fake", "two", chapter.parent)] == ["two"]

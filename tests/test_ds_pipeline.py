@@ -64,7 +64,7 @@ def beside_one_process(folder: Path) -> dict[str, Any]:
         zero_peers.join(ctx.launch, ctx.device)
         batches = ragged()
         tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
-        for kind in ("tied", "untied", "zero-1", "deepspeed"):
+        for kind in ("tied", "untied", "zero-1", "bf16", "deepspeed"):
             config = tiny_config(tied=kind != "untied")
             whole = lm.build(config)
             weights.initialize(whole, 3)
@@ -78,6 +78,7 @@ def beside_one_process(folder: Path) -> dict[str, Any]:
                 pipeline_model.initialize(module, 3)
             same_weights = pipeline_model.sha256(module) == lm.weights_sha256(whole)
 
+            start = {name: p.detach().clone() for name, p in whole.named_parameters()}
             want = sum((ddp_step.loss_sum(whole, *batch) / tokens for batch in batches), torch.zeros(()))
             want.backward()
             norm = nn.utils.clip_grad_norm_(whole.parameters(), MAX_NORM)
@@ -86,7 +87,8 @@ def beside_one_process(folder: Path) -> dict[str, Any]:
             settings = {
                 "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES,
                 "gradient_clipping": MAX_NORM, "zero_allow_untested_optimizer": True, "steps_per_print": None,
-                "zero_optimization": {"stage": int(kind == "zero-1"), "reduce_bucket_size": 100_000},
+                "zero_optimization": {"stage": int(kind in ("zero-1", "bf16")), "reduce_bucket_size": 100_000},
+                "bf16": {"enabled": kind == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"},
             }  # fmt: skip
             engine = pipeline_engine.initialize(module, torch.optim.SGD(module.parameters(), lr=LR), settings)
             if kind == "deepspeed":
@@ -103,6 +105,7 @@ def beside_one_process(folder: Path) -> dict[str, Any]:
                     float((pipeline_model.master(p) - after[name]).abs().max())
                     for name, p in pipeline_model.named_parameters(module)
                 ),
+                "step": max(float((p - start[name]).abs().max()) for name, p in after.items()),
                 "names": sorted(name for name, _ in pipeline_model.whole_parameters(module)),
             }
             engine.destroy()
@@ -121,6 +124,11 @@ def test_two_stages_take_the_step_of_one_process(tmp_path: Path) -> None:
             assert said["norm"][1] > MAX_NORM  # else nothing would be clipped
             assert said["norm"][0] == pytest.approx(said["norm"][1], rel=1e-5), kind
             assert said["apart"] < 1e-6, kind
+        # In bf16 the same to its eight bits, the clipped step on float32 copies of the weights too.
+        said = found["bf16"]
+        assert said["loss"][0] == pytest.approx(said["loss"][2], rel=5e-3)
+        assert said["norm"][0] == pytest.approx(said["norm"][1], rel=5e-3)
+        assert 0 < said["apart"] < 1e-3 < said["step"]
         # DeepSpeed's own clipping in float32: the same gradients, and another step.
         assert found["deepspeed"]["loss"][0] == pytest.approx(found["deepspeed"]["loss"][2], rel=1e-5)
         assert found["deepspeed"]["apart"] > 1e-4
