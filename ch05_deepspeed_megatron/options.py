@@ -75,7 +75,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         )
     activation_checkpointing.check(found.get("activation_checkpointing", {}))
     if "nvme" in (engine.device_of(found, what) for what in ("optimizer", "param")):
-        place = infinity.place(shapes, found, ranks=launch.world_size, dtype=dtype)
+        place = infinity.place(shapes, found, ranks=launch.world_size, dtype=engine.precision(found))
         infinity.check_pinned(place.pinned)
     ops.build(ops.needed(found), device)
     return found

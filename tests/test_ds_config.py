@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ch05_deepspeed_megatron import check_config, ds_check, ds_config
+from ch05_deepspeed_megatron import check_config, ds_check, ds_config, options
 from common.process import ROOT
 from common.script import UserError
 
@@ -116,6 +116,33 @@ def test_auto_is_what_the_script_knows() -> None:
         ds_config.fill({"aio": {"block_size": "auto"}}, known())
     with pytest.raises(UserError, match="--global-batch 10 is no multiple of 2 ranks x --batch-size 2"):
         known(global_batch=10)
+
+
+def test_what_the_file_fixes_holds_for_the_script_too(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    base = ds_config.read(ROOT / "ch05_deepspeed_megatron/configs/zero2.json")
+    flags = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--batch-size",
+        "2",
+        "--global-batch",
+        "4",
+        "--deepspeed-config",
+        str(path),
+    ]
+    path.write_text(json.dumps(base | {"gradient_clipping": 0.25, "bf16": {"enabled": True}}))
+    args = options.parse(None, flags)
+    options.settings(args)
+    assert (args.clip, args.dtype) == (0.25, "bf16")
+    path.write_text(json.dumps({key: value for key, value in base.items() if key != "gradient_clipping"}))
+    args = options.parse(None, [*flags, "--clip", "0.75"])
+    assert options.settings(args)["gradient_clipping"] == 0.75  # DeepSpeed's own would be 1
+    path.write_text(json.dumps(base | {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}))
+    with pytest.raises(UserError, match='train_batch_size is 8, by the flags 4; say "auto"'):
+        options.settings(options.parse(None, flags))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
