@@ -133,14 +133,24 @@ class Stored:
     """The tensors of a Hugging Face folder, read part by part; one file is open at a time, and closed for the next.
 
     Raises:
-        UserError: the folder has no checkpoint, or a tensor that is not among the known.
+        UserError: the folder has no checkpoint, or a tensor that is not among the known, where these are given.
     """
 
-    def __init__(self, folder: Path, known: Collection[str]) -> None:
+    def __init__(self, folder: Path, known: Collection[str] | None = None) -> None:
         self.folder, self.files, self.bytes_read = folder, files_of_tensors(folder), 0
-        if surplus := [name for name in self.files if name not in known and not name.endswith("inv_freq")]:
-            raise UserError(f"{folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model")
+        if known is not None:
+            self.refuse_all_but(known)
         self._opened: dict[Path, Any] = {}
+
+    def refuse_all_but(self, known: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: there is a tensor that is not among the known.
+        """
+        if surplus := [name for name in self.files if name not in known and not name.endswith("inv_freq")]:
+            raise UserError(
+                f"{self.folder} has {surplus[0]}, which the model has not; it is a checkpoint of another model"
+            )
 
     def check(self, name: str, shape: Sequence[int]) -> Any:
         """The tensor, of which nothing has been read yet.
