@@ -6,7 +6,6 @@ Tensors carry their shape: t tokens of a step, h heads, k heads of keys, d head_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +42,11 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.packed = None
-        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if (
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
             self.weight = None
 

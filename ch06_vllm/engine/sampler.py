@@ -55,8 +55,10 @@ def _draw(logits_nv: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 def _pass(cumulative: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Where each row passes the share u of its total, which rounding may leave a little off 1."""
     total = cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u.to(cumulative.dtype) * total, right=True).squeeze(1).clamp_max(
-        cumulative.shape[1] - 1
+    return (
+        torch.searchsorted(cumulative, u.to(cumulative.dtype) * total, right=True)
+        .squeeze(1)
+        .clamp_max(cumulative.shape[1] - 1)
     )
 
 
