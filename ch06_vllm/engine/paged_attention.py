@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: many sequences of different lengths in one step, without padding their prompts.
 
 A step's tokens lie one after another in one tensor [tokens, heads, head_dim], first those of the sequences that compute
-a single token, then the longer chunks. Single tokens attend together, through a C loop over the block tables where there
-is a C compiler, else over gathered blocks; a chunk attends by torch's own kernel.
+a single token, then the longer chunks. Single tokens attend together, through a C loop over the block tables where
+there is a C compiler, else over gathered blocks; a chunk attends by torch's own kernel.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Continuous batching: at every step, which requests compute how many tokens.
 
 There is no prefill phase and no decode phase: a request has tokens, and some of them are computed. A step hands out a
-budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt takes
-as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When blocks run
-out, the running request that is served last gives its own up and waits again; its tokens are kept and their keys and
-values recomputed (preemption by recompute).
+budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt
+takes as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When
+blocks run out, the running request that is served last gives its own up and waits again; its tokens are kept and their
+keys and values recomputed (preemption by recompute).
 
 Yu et al. 2022, "Orca" (iteration-level scheduling); Agrawal et al. 2023, "SARATHI" (chunked prefill).
 """
