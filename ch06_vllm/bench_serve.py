@@ -32,18 +32,12 @@ from ch06_vllm import load
 from ch06_vllm.client import Client, RequestFailed, Retry
 from common import logs, script
 
-COLUMNS = {
-    "requests/s": "requests_per_s",
-    "output tok/s": "output_tokens_per_s",
-    "TTFT p50": "ttft_ms_p50",
-    "p99": "ttft_ms_p99",
-    "TPOT p50": "tpot_ms_p50",
-    "p99 ": "tpot_ms_p99",
-    "ITL p50": "itl_ms_p50",
-    "p99  ": "itl_ms_p99",
-    "E2E p50": "e2e_ms_p50",
-    "p99   ": "e2e_ms_p99",
-}
+COLUMNS = (
+    ("requests/s", "requests_per_s"),
+    ("output tok/s", "output_tokens_per_s"),
+    *(("TTFT p50", "ttft_ms_p50"), ("p99", "ttft_ms_p99"), ("TPOT p50", "tpot_ms_p50"), ("p99", "tpot_ms_p99")),
+    *(("ITL p50", "itl_ms_p50"), ("p99", "itl_ms_p99"), ("E2E p50", "e2e_ms_p50"), ("p99", "e2e_ms_p99")),
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,7 @@ class Load:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
-    parser.add_argument(
-        "--url", type=named_url, action="append", help="[NAME=]URL of a server; again for more, measured in turn"
-    )
+    parser.add_argument("--url", type=named_url, action="append", help="[NAME=]URL of a server; again for more")
     parser.add_argument("--model", type=Path, required=True, help="the model's folder, for its tokenizer")
     parser.add_argument("--served-model", help="the name to ask for (default: the first that the server lists)")
     add_load_flags(parser)
@@ -87,7 +79,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--requests", type=script.at_least(1), default=100)
     group.add_argument("--warmup", type=script.at_least(0), default=8, help="requests sent before, not counted")
     group.add_argument(
-        "--prompt-tokens", type=load.lengths, default="128", help="128, 64-256 (uniform) or lognormal:MEDIAN,SIGMA"
+        "--prompt-tokens", type=load.lengths, default="128", help="128, 64-256 or lognormal:MEDIAN,SIGMA"
     )
     group.add_argument(
         "--output-tokens", type=load.lengths, default="64", help="likewise; answers have exactly so many"
@@ -168,11 +160,11 @@ async def measure(
 
 
 def row(name: str, figures: script.Result, width: int) -> str:
-    return f"{name:<{width}}" + "".join(f"{figures[key]:>13.4g}" for key in COLUMNS.values())
+    return f"{name:<{width}}" + "".join(f"{figures[key]:>13.4g}" for _, key in COLUMNS)
 
 
 def header(width: int) -> str:
-    return f"{'ms':<{width}}" + "".join(f"{title.strip():>13}" for title in COLUMNS)
+    return f"{'ms':<{width}}" + "".join(f"{title:>13}" for title, _ in COLUMNS)
 
 
 def draw(path: Path, measured: dict[str, list[load.Record]]) -> None:
@@ -213,11 +205,7 @@ def save(run: script.Run, name: str, records: list[load.Record]) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = arguments(argv)
     sent = make_load(args, load.usable_ids(args.model))
-    for text in args.slo:
-        load.slo(text)
-    servers = dict(
-        ([*url.split("=", 1)] if "=" in url else [url, url]) for url in args.url or ["http://127.0.0.1:8000"]
-    )
+    servers = dict(args.url or [named_url("http://127.0.0.1:8000")])
     run = script.start(__file__, args)
     width = max(map(len, servers)) + 2
     measured: dict[str, list[load.Record]] = {}
