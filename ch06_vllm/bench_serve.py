@@ -125,7 +125,7 @@ async def measure(
         try:
             model = args.served_model or (await client.models())[0]
         except RequestFailed as error:
-            raise script.UserError(f"{error}; start it, or pass its address as --url") from None
+            raise script.UserError(str(error)) from None
         with logs.Progress(len(sent.requests), label) as progress:
             ended = 0
 
@@ -210,10 +210,11 @@ def main(argv: list[str] | None = None) -> dict:
     width = max(map(len, servers)) + 2
     measured: dict[str, list[load.Record]] = {}
     figures: dict[str, script.Result] = {}
-    print(header(width))
     for name, url in servers.items():
         measured[name], figures[name] = asyncio.run(measure(url, sent, args, name))
         save(run, name, measured[name])
+        if len(figures) == 1:
+            print(header(width))
         print(row(name, figures[name], width), flush=True)
     draw(run.path("load.png"), measured)
     return next(iter(figures.values())) if len(figures) == 1 else {"servers": figures}
