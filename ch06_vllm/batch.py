@@ -8,9 +8,9 @@ You see     answers.jsonl in the order of prompts.jsonl. Kill it and start it ag
 
 The format is that of OpenAI's batch files: one line a request, {"custom_id": …, "method": "POST", "url":
 "/v1/chat/completions", "body": {"model": …, …}}. An answer is {"id", "custom_id", "response": {"status_code",
-"request_id", "body"}, "error"}, error null where it went well. answers.jsonl.journal keeps what is answered so far: a
-request that it has is not sent again unless it was changed, or failed and --retry-failed is given. Remove the journal to
-begin anew. A kill repeats at most the requests that were in flight.
+"request_id", "body"}, "error"}, error null where it went well. answers.jsonl.journal keeps what is answered so far:
+what it has is not sent again unless it was changed, or failed and --retry-failed is given. Remove the journal to begin
+anew. A kill repeats at most the requests that were in flight.
 """
 
 from __future__ import annotations
