@@ -187,7 +187,7 @@ def draw(path: Path, measured: dict[str, list[load.Record]]) -> None:
         counts, edges = np.histogram(came, np.arange(0, ended[-1] + second, second))
         tokens.step(edges[:-1], counts / second, where="post", label=name)
     ttft.set(xlabel="TTFT, ms", ylabel="share of requests", ylim=(0, 1))
-    itl.set(xlabel="ITL, ms", ylabel="share of gaps", ylim=(0, 1), xscale="log")
+    itl.set(xlabel="ITL, ms", ylabel="share of gaps", ylim=(0, 1))
     flight.set(xlabel="s", ylabel="requests in flight", ylim=(0, None))
     tokens.set(xlabel="s", ylabel="chunks of tokens / s", ylim=(0, None))
     ttft.legend()

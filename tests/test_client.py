@@ -463,7 +463,7 @@ def test_killed_at_any_moment_a_batch_loses_nothing_and_repeats_at_most_what_was
 
     A gate a little later keeps a kill that comes late from coming too late.
     """
-    count, concurrency, rng = 200, 4, random.Random()
+    count, concurrency, rng = 200, 4, random.Random(7)
     ids = write_batch(tmp_path / "in.jsonl", count)
     command = [
         sys.executable, "-m", "ch06_vllm.batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"),
