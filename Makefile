@@ -7,7 +7,7 @@ CHAPTERS := $(notdir $(patsubst %/exercises.toml,%,$(wildcard ch*/exercises.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
+.PHONY: help setup setup-vllm system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ help:  ## list the targets
 setup:  ## make .venv from exact pins (CPU or CUDA torch by what is here); does nothing when nothing changed
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) common/bootstrap.py
+
+setup-vllm: setup  ## make vLLM's own environment in the cache folder (CUDA or CPU build by what is here; some GB)
+	@$(PYTHON) common/bootstrap.py vllm
 
 system-deps:  ## install the optional system packages (Debian or Ubuntu, root); without them some things are skipped
 	@common/system-deps.sh

