@@ -115,15 +115,21 @@ def make_load(args: argparse.Namespace, ids: np.ndarray) -> Load:
 
 
 async def measure(
-    url: str, sent: Load, args: argparse.Namespace, label: str = "requests"
+    url: str,
+    sent: Load,
+    *,
+    model: str | None = None,
+    bounds_ms: dict[str, float] | None = None,
+    temperature: float = 0.0,
+    timeout_s: float = 600.0,
+    label: str = "requests",
 ) -> tuple[list[load.Record], script.Result]:
-    """Send the load to one server: its records, and their figures."""
+    """Send the load to one server: its records, and their figures. `model` is the first that it lists unless named."""
     one_attempt = Retry(attempts=1)  # a refused request is a result here
-    key = os.environ.get("OPENAI_API_KEY")
-    limits = {"concurrency": sent.concurrency, "timeout_s": args.timeout_s}
-    async with Client(url, api_key=key, retry=one_attempt, **limits) as client:
+    limits = {"concurrency": sent.concurrency, "timeout_s": timeout_s, "api_key": os.environ.get("OPENAI_API_KEY")}
+    async with Client(url, retry=one_attempt, **limits) as client:
         try:
-            model = args.served_model or (await client.models())[0]
+            model = model or (await client.models())[0]
         except RequestFailed as error:
             raise script.UserError(str(error)) from None
         with logs.Progress(len(sent.requests), label) as progress:
@@ -134,9 +140,9 @@ async def measure(
                 ended += 1
                 progress.update(ended, record.error or "")
 
-            quiet = load.Sender(client, model, lambda _: None, temperature=args.temperature)
+            quiet = load.Sender(client, model, lambda _: None, temperature=temperature)
             warm = await quiet.closed_loop(sent.warmup, sent.concurrency)
-            sender = load.Sender(client, model, on_end, temperature=args.temperature)
+            sender = load.Sender(client, model, on_end, temperature=temperature)
             async with load.loop_lag() as late:
                 if sent.times is None:
                     records = await sender.closed_loop(sent.requests, sent.concurrency)
@@ -146,7 +152,7 @@ async def measure(
     if not any(record.error is None for record in records):
         raise script.UserError(f"no request was answered: {errors[0]}; mend that first")
     figures: script.Result = {
-        **load.summary(records, dict(args.slo)),
+        **load.summary(records, bounds_ms),
         "loop_lag_ms_p99": float(np.percentile(late, 99)) * 1e3 if late else 0.0,
         "exact_lengths": all(
             (len(request.prompt), request.max_tokens) == (record.prompt_tokens, record.completion_tokens)
@@ -208,10 +214,11 @@ def main(argv: list[str] | None = None) -> dict:
     servers = dict(args.url or [named_url("http://127.0.0.1:8000")])
     run = script.start(__file__, args)
     width = max(map(len, servers)) + 2
+    asked = {"model": args.served_model, "bounds_ms": dict(args.slo), "temperature": args.temperature}
     measured: dict[str, list[load.Record]] = {}
     figures: dict[str, script.Result] = {}
     for name, url in servers.items():
-        measured[name], figures[name] = asyncio.run(measure(url, sent, args, name))
+        measured[name], figures[name] = asyncio.run(measure(url, sent, timeout_s=args.timeout_s, label=name, **asked))
         save(run, name, measured[name])
         if len(figures) == 1:
             print(header(width))
