@@ -2,7 +2,7 @@
 
 You learn   what an engine reads: config.json, safetensors, the tokenizer and its chat template; what int8 weights with
             their scales, a LoRA adapter and a draft model are on disk
-Laptop      python -m ch06_vllm.make_model --preset nano                       (into the cache, once: its path is printed)
+Laptop      python -m ch06_vllm.make_model --preset nano                     (into the cache, once: its path is printed)
             python -m ch06_vllm.make_model --kind w8a8 --model runs/nano/model --out runs/nano/w8a8
 GPU node    python -m ch06_vllm.make_model --preset 1b
 Cluster     --out in a folder that all nodes see
@@ -77,7 +77,7 @@ def model_config(recipe: Recipe) -> Any:
     return config
 
 
-def model_folder(recipe: Recipe = Recipe(), out: Path | None = None) -> Path:  # noqa: B008 - frozen
+def model_folder(recipe: Recipe = Recipe(), out: Path | None = None) -> Path:
     """A folder with this model, made once: in the cache, under a key of all that went in, or as `out`.
 
     Raises:

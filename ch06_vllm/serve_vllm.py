@@ -1,0 +1,132 @@
+"""Serve a model with real vLLM from a YAML file: one GPU, tensor, pipeline or data parallel, int8, LoRA, speculative.
+
+You learn   which options decide how vLLM uses the hardware, when a server is ready, and how one is stopped so that no
+            request is lost
+Laptop      make setup-vllm
+            python -m ch06_vllm.serve_vllm ch06_vllm/configs/tp2.yaml            (two cores are two ranks)
+            python -m ch06_vllm.serve_vllm ch06_vllm/configs/single.yaml --smoke
+GPU node    the same command: what the file says under `cpu:` holds without a GPU only
+Cluster     ch06_vllm/launch: several nodes
+You see     the address once it answers and how long that took. With --smoke a completion and a chat, and the end.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ch06_vllm import options
+from ch06_vllm.servers import Server, flags, why
+from common import script
+
+PROMPT = "def fibonacci("
+
+
+def post(url: str, body: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
+    """The answer to a JSON request.
+
+    Raises:
+        UserError: the server refused it, or does not answer.
+    """
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        reason = error.read(400).decode(errors="replace")
+        raise script.UserError(f"{url} says {error.code} ({reason}); see the server's log") from None
+    except OSError as error:
+        raise script.UserError(f"{url} does not answer ({error}); see the server's log") from None
+
+
+def smoke(server: Server, tokens: int = 16) -> dict[str, Any]:
+    """One completion and one chat; each adapter completes too."""
+    same = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    began = time.perf_counter()
+    completed = post(f"{server.url}/v1/completions", same | {"model": server.model, "prompt": PROMPT})
+    seconds = time.perf_counter() - began
+    messages = [{"role": "user", "content": "What does zip() do?"}]
+    chatted = post(f"{server.url}/v1/chat/completions", same | {"model": server.model, "messages": messages})
+    text = completed["choices"][0]["text"]
+    print(f"{PROMPT}{text}\n{chatted['choices'][0]['message']['content']}", flush=True)
+    usage = [answer["usage"]["completion_tokens"] for answer in (completed, chatted)]
+    found = {"completion_tokens": usage[0], "chat_tokens": usage[1], "completion_s": seconds}
+    if server.adapters:
+        body = same | {"model": server.adapters[0], "prompt": PROMPT}
+        other = post(f"{server.url}/v1/completions", body)["choices"][0]["text"]
+        found |= {"adapters": len(server.adapters), "adapter_changes_text": other != text}
+    return found
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows takes its time
+    raise Stopped
+
+
+def serve(server: Server, what: str) -> None:
+    """Until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: the engine ended by itself.
+    """
+    print(f"ready: {server.url}  model {server.model}  ({what}, {server.start_s:.1f} s)", flush=True)
+    try:
+        server.child.process.wait()
+    except (KeyboardInterrupt, Stopped):
+        print(f"stopping: running requests have {server.grace_s} s to finish", flush=True)
+        return
+    raise script.UserError(f"vLLM ended: {why(server.child.err + server.child.out)}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("config", type=Path, help="a YAML file with options of `vllm serve`; see ch06_vllm/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the file's, YAML values")
+    parser.add_argument("--check", action="store_true", help="check the file and show the command; start nothing")
+    parser.add_argument("--smoke", action="store_true", help="send a completion and a chat, then stop")
+    parser.add_argument("--grace-s", type=script.at_least(0), default=30, help="for running requests, when stopped")
+    parser.add_argument("--timeout-s", type=script.positive, default=1800, help="to be ready; large models load long")
+    parser.add_argument("--verbose", action="store_true", help="show the engine's log")
+    args = parser.parse_args(argv)
+    laptop = {"auto": None, "cpu": True, "cuda": False}[args.device]
+    wanted = options.read(args.config, args.set, laptop=laptop)
+    sizes = [wanted.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data")]
+    shape = dict(zip(("tensor_parallel", "pipeline_parallel", "data_parallel"), sizes, strict=True))
+    if args.check:
+        model = wanted.pop("model")
+        print("vllm serve", model, *flags(wanted))
+        return shape | {"model": model, "options": len(wanted), "started": False}
+    script.start(__file__, args)
+    wanted = options.make_models(wanted)
+    model, port = wanted.pop("model"), wanted.pop("port", None)
+    log = (lambda line: print(line, file=sys.stderr, flush=True)) if args.verbose else None
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        with Server(
+            model, "vllm", wanted, port=None if args.smoke else port, timeout_s=args.timeout_s, grace_s=args.grace_s,
+            on_line=log,
+        ) as server:  # fmt: skip
+            found = {"model": server.model, "start_s": server.start_s, **shape}
+            began = time.monotonic()
+            if args.smoke:
+                return found | smoke(server) | {"processes": len(server.child.tree())}
+            serve(server, args.config.stem)
+            return found | {"served_s": time.monotonic() - began}
+    except Stopped:
+        raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    script.run(main)

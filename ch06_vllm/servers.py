@@ -1,0 +1,253 @@
+"""Start an inference engine as a server and stop it again: real vLLM, or the one of this chapter, by the same words.
+
+with Server(model, "vllm", {"tensor-parallel-size": 2}) as server:
+    requests.post(f"{server.url}/v1/completions", json={"model": server.model, "prompt": "def f("})
+
+Options are vLLM's own flags without the dashes in front. Leaving the block lets running requests finish for a while,
+and then nothing is left: also when the engine or this process is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common import process
+from common.bootstrap import engine_environment, gpus_visible
+from common.ranks import free_port
+from common.script import UserError, gpu_names, usable_cores
+
+GIB = 2**30
+HOST = "127.0.0.1"
+# What quick starts on a laptop take where nothing else is said: no compilation, a cache of 1 GiB.
+LAPTOP: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": GIB}
+QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
+SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+
+# What an engine says when it cannot start, and what to do about it. The first that is found is told.
+ADVICE = [
+    (r"[Aa]ddress already in use", "stop what listens there, or take another port"),
+    (r"CUDA out of memory|OutOfMemoryError|Free memory on device", "lower gpu-memory-utilization or max-model-len"),
+    (r"KV cache is needed|No available memory for the cache blocks|Available memory on node|CPU memory utilization",
+     "give it more with kv-cache-memory-bytes or gpu-memory-utilization, or lower max-model-len"),
+    (r"must be divisible by tensor parallel size", "take a tensor-parallel-size that divides the model's heads"),
+    (r"max_model_len", "lower max-model-len"),
+    (r"safetensors|model weights", "see whether the model folder is whole"),
+    (r"unrecognized arguments|invalid choice", "check the option's name: vllm serve --help=all"),
+]  # fmt: skip
+
+
+def vllm_program(name: str = "vllm") -> Path:
+    """A program of vLLM's own environment: `vllm`, `python`, `ray`.
+
+    Raises:
+        UserError: the environment has not been made.
+    """
+    environment = engine_environment("vllm")
+    if not (environment / ".installed").exists():
+        raise UserError("there is no vLLM here; run make setup-vllm")
+    return environment / "bin" / name
+
+
+def vllm_environment(ranks: int) -> dict[str, str]:
+    """Variables for vLLM: its programs first on PATH, and on a CPU the cores of each rank of this host."""
+    found = {
+        "PATH": f"{vllm_program().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(sorted(os.sched_getaffinity(0)), ranks)
+    return found
+
+
+def cores_of_ranks(cores: list[int], ranks: int) -> str:
+    """An equal share of the cores for each rank, as vLLM-CPU reads it: 0,1|2,3."""
+    share = max(1, len(cores) // ranks)
+    return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line: true is the bare flag, false its --no- form, a list repeats its values."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return words
+
+
+def vllm_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
+    start = [str(vllm_program()), "serve", model, "--host", HOST, "--port", str(port)]
+    named = {"served-model-name": Path(model).name} if Path(model).is_dir() else {}
+    return start + flags(QUIET | named | ({} if gpus_visible() else LAPTOP) | options)
+
+
+def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
+    start = [sys.executable, "-m", "ch06_vllm.engine.server", "--model", model, "--host", HOST, "--port", str(port)]
+    return start + flags({name: value for name, value in options.items() if name != "shutdown-timeout"})
+
+
+ENGINES: dict[str, Callable[[str, int, Mapping[str, Any]], list[str]]] = {"vllm": vllm_command, "ours": own_command}
+
+
+class Server:
+    """A running engine.
+
+    Attributes:
+        url: where it answers, without a path.
+        model: what requests call it; `adapters` are its further names. `folder` is where its files are.
+        start_s: seconds from its start to the first good answer of /health.
+        child: its processes.
+
+    Raises:
+        UserError: on entering, if it cannot start: the engine's own words, and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        engine: str = "vllm",
+        options: Mapping[str, Any] | None = None,
+        *,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 600,
+        grace_s: int = 10,
+        on_line: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder, self.engine = str(model), engine
+        self.options = {name.replace("_", "-"): value for name, value in (options or {}).items()}
+        self.options.setdefault("shutdown-timeout", grace_s)  # how long vLLM lets requests finish after SIGTERM
+        self.timeout_s, self.grace_s, self.on_line = timeout_s, grace_s, on_line
+        self.port, self.env = port, dict(env or {})
+        self.url = self.model = ""
+        self.adapters: list[str] = []
+        self.start_s = 0.0
+
+    def __enter__(self) -> Server:
+        sizes = [int(self.options.get(name, 1)) for name in SIZES]
+        ranks = sizes[0] * sizes[1] * int(self.options.get("data-parallel-size-local", sizes[2]))
+        check_model(self.folder, sizes[0])
+        check_ranks(ranks // int(self.options.get("nnodes", 1)))
+        port = self.port or free_port()
+        check_port(port)
+        self.url = f"http://{HOST}:{port}"
+        env = vllm_environment(ranks) | self.env if self.engine == "vllm" else self.env
+        command = ENGINES[self.engine](self.folder, port, self.options)
+        self.child = process.Child(command, env=env, on_line=self.on_line, on_error=self.on_line)
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.child.stop(grace_s=1)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.stop(self.grace_s + 5)
+
+    def _wait_until_healthy(self) -> None:
+        deadline = self.child.started + self.timeout_s
+        while not answers(f"{self.url}/health"):
+            if self.child.process.poll() is not None:
+                self.child.wait(0)  # its last words
+                raise UserError(f"{self.engine} did not start: {why(self.child.err + self.child.out)}")
+            if time.monotonic() > deadline:
+                said = (self.child.err or self.child.out or ["nothing"])[-1].strip()[:160]
+                raise UserError(
+                    f"{self.engine} is not ready after {self.timeout_s:g} s (its last line: {said}); "
+                    "see whether the machine is busy, or wait longer"
+                )
+            time.sleep(0.05)
+        self.start_s = time.monotonic() - self.child.started
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=30) as answer:
+            self.model, *self.adapters = [model["id"] for model in json.load(answer)["data"]]
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200 now."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def check_model(model: str, tensor_parallel: int = 1) -> None:
+    """A local folder that an engine can read, or what can be a hub id.
+
+    Raises:
+        UserError: neither, or its heads cannot be dealt to so many ranks.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if model.count("/") == 1 and model[0] not in "./~" and not folder.exists():
+            return  # a hub id
+        raise UserError(f"there is no model folder {model}; make one with python -m ch06_vllm.make_model")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = config["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise UserError(
+            f"{model} is no model folder (its config.json is missing, or names no architecture); save the model again"
+        ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{model} has no weights (*.safetensors); save the model again")
+    heads = config.get("num_attention_heads") or config.get("text_config", {}).get("num_attention_heads")
+    if heads and heads % tensor_parallel:
+        raise UserError(
+            f"{architecture} in {model} has {heads} attention heads, which {tensor_parallel} ranks cannot share; "
+            "take a tensor-parallel-size that divides them"
+        )
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises UserError if this host has fewer GPUs, or without GPUs fewer cores, than an engine has ranks on it."""
+    have, what = (len(gpu_names()), "GPUs") if gpus_visible() else (usable_cores(), "cores")
+    if ranks > have:
+        raise UserError(
+            f"{ranks} ranks and {have} {what}: each needs its own; lower the tensor, pipeline or data parallel size"
+        )
+
+
+def check_port(port: int) -> None:
+    """Raises UserError if something listens there, or it is not ours to take."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or "ports end at 65535"
+            raise UserError(f"port {port} cannot be taken ({reason}); free it, or take another") from None
+
+
+ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .|^.{0,40}: error: .")
+ORIGIN = re.compile(r"^\([^)]*pid=\d+\) ")  # (EngineCore pid=42)
+LOGGED = re.compile(r"^[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] ?")  # ERROR 01-31 23:59:59 [core.py:1]
+
+
+def why(printed: Iterable[str]) -> str:
+    """The engine's own error, of all that it printed, and what to do: the first one, as later ones follow from it."""
+    lines = [LOGGED.sub("", ORIGIN.sub("", line.rstrip("\n"))) for line in printed]
+    lines = [line for line in lines if line.strip()]
+    errors = [number for number, line in enumerate(lines) if ERROR.match(line)]
+    if not errors:
+        return f"{(lines or ['it said nothing'])[-1].strip()[:300]}; see the machine's log, was it killed?"
+    said = lines[errors[0]]
+    if "validation error" in said:  # pydantic's next line says which
+        said = lines[errors[0] + 1].partition(" [type=")[0]
+    said = " ".join(said.split())
+    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, said)), "see its documentation")
+    return f"{said[:400].rstrip('.')}; {advice}"
