@@ -20,6 +20,7 @@ import torch
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.engine.metrics import Metrics, Timeline
 from ch06_vllm.engine.request import Output, SamplingParams
+from common.dist import LOST_PEER
 from common.logs import get_logger
 
 log = get_logger()
@@ -158,7 +159,9 @@ class AsyncEngine:
             self.engine.runner.stop()
         except Exception as error:
             why = f"the engine died: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if not self.dead:
+            if LOST_PEER.search(why):
+                why = "the engine died: another rank was lost"
+            elif not self.dead:
                 log.exception("a step failed")
             self.metrics.finished["error"] += len(self._timelines)
             self._loop.call_soon_threadsafe(self.fail, why)
