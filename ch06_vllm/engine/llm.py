@@ -24,16 +24,16 @@ class LLM:
     ) -> list[Output]:
         """All outputs, in the order of the prompts; a prompt is a text or its tokens."""
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
-        ids = [
-            self.engine.add(self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, wanted)
-            for prompt, wanted in zip(prompts, each, strict=True)
-        ]
-        outputs = {request_id: Output(request_id) for request_id in ids}
+        outputs: dict[str, Output] = {}
         try:
+            for prompt, wanted in zip(prompts, each, strict=True):
+                tokens = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                request_id = self.engine.add(tokens, wanted)
+                outputs[request_id] = Output(request_id)
             while self.engine.has_work:
                 for step in self.engine.step():
                     outputs[step.request_id].add(step)
-        finally:  # interrupted: nothing stays queued
-            for request_id in ids:
+        finally:  # interrupted, or a prompt was refused: nothing stays queued
+            for request_id in outputs:
                 self.engine.cancel(request_id)
-        return [outputs[request_id] for request_id in ids]
+        return list(outputs.values())

@@ -12,6 +12,7 @@ Yu et al. 2022, "Orca" (iteration-level scheduling); Agrawal et al. 2023, "SARAT
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -54,10 +55,11 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         shares: list[Share] = []
         preempted = False
-        for request in list(self.running):
+        for index, request in enumerate(list(self.running)):
             if request.status is not Status.RUNNING:
-                continue  # preempted for one before it
-            count = self._count(request.num_pending, budget)
+                break  # it and those after it were preempted
+            still_to_come = len(self.running) - 1 - index  # a token is left for each of them, even by a long prompt
+            count = self._count(request.num_pending, budget - still_to_come)
             while count and not self._reserve(request, count):
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -149,6 +151,10 @@ class Scheduler:
             assert request.status is Status.RUNNING, request.request_id
             assert len(request.blocks) * self.pool.block_size >= request.num_computed, request.request_id
             assert request.num_computed < len(request.tokens), request.request_id
+            digests = self._hashes(request)[: request.num_computed // self.pool.block_size]
+            for block, digest in itertools.zip_longest(request.blocks, digests):
+                assert self.pool.hash_of[block] in (None, digest), f"block {block} is cached as what it does not hold"
+        assert len(self.running) <= self.config.max_num_seqs
         for queue in (self.waiting, self.running):
             assert queue == sorted(queue, key=_order)
 
