@@ -15,6 +15,7 @@ import contextlib
 import json
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -31,19 +32,18 @@ ASK = [{"role": "user", "content": "Write a function that adds two numbers."}]
 LONG = 1500  # tokens that the caller asks for and does not wait for
 
 
-def served_tokens(engine: str) -> float:
-    """vllm:generation_tokens_total: what the engine has generated since its start."""
+def metric(engine: str, name: str) -> float:
+    """A metric of vLLM's, summed over its labels."""
     with urllib.request.urlopen(f"{engine}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
 
-def wait_for(condition: str, holds: object, timeout_s: float) -> None:
-    """Until holds() is true; `condition` says what was waited for."""
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
-    while not holds():  # type: ignore[operator]
+    while not holds():
         if time.monotonic() > deadline:
-            raise script.UserError(f"{condition} not within {timeout_s:g} s; see whether the machine is busy")
+            raise script.UserError(f"{what} not within {timeout_s:g} s; see whether the machine is busy")
         time.sleep(0.05)
 
 
@@ -54,10 +54,10 @@ def extract(client: openai.OpenAI, kind: str, text: str) -> dict:
     return found
 
 
-def refused(call: object) -> bool:
+def refused(call: Callable[[], object]) -> bool:
     """Whether the moderation hook refuses this."""
     try:
-        call()  # type: ignore[operator]
+        call()
     except openai.BadRequestError as why:
         print(f"refused: {why.message}")
         return why.type == "moderation"
@@ -66,24 +66,14 @@ def refused(call: object) -> bool:
 
 def leave_early(client: openai.OpenAI, model: str, engine: str) -> float:
     """Ask for LONG tokens, hang up after ten chunks; the tokens that the engine made of it in the end."""
-    before = served_tokens(engine)
-    stream = client.chat.completions.create(
-        model=model, messages=ASK, max_tokens=LONG, stream=True, extra_body={"ignore_eos": True}
-    )
+    before = metric(engine, "generation_tokens_total")
+    options = {"max_tokens": LONG, "extra_body": {"ignore_eos": True}}
+    stream = client.chat.completions.create(model=model, messages=ASK, stream=True, **options)
     for _ in range(10):
         next(iter(stream))
     stream.close()
-    idle = f"{engine}/metrics"
-
-    def quiet() -> bool:
-        with urllib.request.urlopen(idle, timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return all(
-            float(line.rsplit(" ", 1)[1]) == 0 for line in lines if line.startswith("vllm:num_requests_running{")
-        )
-
-    wait_for("the engine's request ended", quiet, 120)
-    return served_tokens(engine) - before
+    wait_until(lambda: metric(engine, "num_requests_running") == 0, "the engine's request has ended")
+    return metric(engine, "generation_tokens_total") - before
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -108,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
                 raise script.UserError(f"the endpoints did not start: {app.wait(5).reason()}")
             return answers(f"http://127.0.0.1:{port}/health")
 
-        wait_for("the endpoints answered", up, 60)
+        wait_until(up, "the endpoints have answered")
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
         model = client.models.list().data[0].id
 
@@ -119,11 +109,11 @@ def main(argv: list[str] | None = None) -> dict:
         scored = client.post("/score", cast_to=object, body={"inputs": TEXTS})["data"]  # type: ignore[index]
         for text, row in zip(TEXTS, scored, strict=True):
             print(f"perplexity {row['perplexity']:9.1f}  {text.splitlines()[0]}")
-        before = served_tokens(engine)
+        before = metric(engine, "generation_tokens_total")
         bad = [{"role": "user", "content": "the Password  of the director"}, *ASK]
         held = refused(lambda: client.chat.completions.create(model=model, messages=bad, max_tokens=4))
         held &= refused(lambda: client.post("/score", cast_to=object, body={"inputs": ["fine", bad[0]["content"]]}))
-        unseen = served_tokens(engine) == before
+        unseen = metric(engine, "generation_tokens_total") == before
 
         began, first_s = time.perf_counter(), 0.0
         chunks = 0
