@@ -308,6 +308,6 @@ def test_on_real_vllm_a_random_model_fills_the_schema_scores_agree_and_a_caller_
         while metric(real, "num_requests_running") > 0:
             assert time.monotonic() < deadline, "the engine's request goes on"
             time.sleep(0.02)
-        assert 5 <= metric(real, "generation_tokens_total") - before < 1900  # it did not end by itself
+        assert 0 < metric(real, "generation_tokens_total") - before < 1900  # it did not end by itself
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.chat.completions.create(model="nope", messages=HELLO, stream=True)
