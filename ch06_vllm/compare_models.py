@@ -19,24 +19,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ch06_vllm import bench_serve, load, make_model, options
-from ch06_vllm.servers import ENGINES, Server
-from common import lm, script
-from common.script import UserError
-
-
-def contestant(text: str) -> tuple[str, str]:
-    """argparse type: ENGINE:MODEL."""
-    engine, _, model = text.partition(":")
-    if engine not in ENGINES or not model:
-        raise UserError(
-            f"{text!r} is not ENGINE:MODEL; ENGINE is one of {', '.join(ENGINES)}, MODEL a preset or a folder"
-        )
-    return engine, model
-
-
-def folder_of(model: str) -> Path:
-    return make_model.model_folder(make_model.Recipe(model)) if lm.is_preset(model) else Path(model)
+from ch06_vllm import bench_serve, load, options
+from ch06_vllm.started import HELP, engine_and_model, folder_of, server
+from common import script
 
 
 def parameters(folder: Path) -> int | None:
@@ -51,30 +36,28 @@ def parameters(folder: Path) -> int | None:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
-    parser.add_argument("--server", type=contestant, action="append", help="ENGINE:MODEL; again for more")
+    parser.add_argument("--server", type=engine_and_model, action="append", help=f"{HELP}; again for more")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of vLLM's, for all")
     bench_serve.add_load_flags(parser)
     args = parser.parse_args(argv)
     changes: dict[str, Any] = {}
     for change in args.set:
         options.apply(changes, change)
-    contestants = args.server or [("vllm", "nano"), ("vllm", "small")]
-    folders = {f"{engine}:{model}": folder_of(model) for engine, model in contestants}
+    contestants = {":".join(asked): asked for asked in args.server or [("vllm", "nano"), ("vllm", "small")]}
+    folders = {name: folder_of(model) for name, (_, model) in contestants.items()}
     loads = {name: bench_serve.make_load(args, load.usable_ids(folder)) for name, folder in folders.items()}
     run = script.start(__file__, args)
     width = max(map(len, folders)) + 2
     measured: dict[str, list[load.Record]] = {}
     figures: dict[str, script.Result] = {}
     print(bench_serve.header(width))
-    for name, folder in folders.items():
-        with Server(folder, name.partition(":")[0], changes) as server:
-            asked = {"model": server.model, "bounds_ms": dict(args.slo), "temperature": args.temperature}
-            records, found = asyncio.run(
-                bench_serve.measure(server.url, loads[name], timeout_s=args.timeout_s, label=name, **asked)
-            )
-            measured[name] = records
-            figures[name] = {"parameters": parameters(folder), "start_s": server.start_s, **found}
-        bench_serve.save(run, name, records)
+    for name, asked in contestants.items():
+        with server(asked, changes) as running:
+            how = {"model": running.model, "bounds_ms": dict(args.slo), "temperature": args.temperature}
+            work = bench_serve.measure(running.url, loads[name], timeout_s=args.timeout_s, label=name, **how)
+            measured[name], found = asyncio.run(work)
+        figures[name] = {"parameters": parameters(folders[name]), "start_s": running.start_s, **found}
+        bench_serve.save(run, name, measured[name])
         print(bench_serve.row(name, figures[name], width), flush=True)
     bench_serve.draw(run.path("load.png"), measured)
     return {"compared": len(figures), "failed": sum(f["failed"] for f in figures.values()), "servers": figures}

@@ -11,6 +11,8 @@ You see     GET /docs lists what it serves:
     POST /v1/embeddings         passed on: works where the engine serves an embedding model, else the engine's own error
 
 Every text is moderated before the engine sees any of it: --blocklist is a file of regular expressions, one a line.
+JSON allows blanks without end between its parts, and a weak model writes them until max_tokens: start vLLM with
+structured-outputs-config {"backend": "xgrammar", "disable_any_whitespace": true}.
 """
 
 from __future__ import annotations

@@ -266,7 +266,9 @@ def real() -> Iterator[Server]:
         vllm_program()
     except UserError as missing:
         pytest.skip(f"needs vllm: {missing}")
-    with Server(make_model.model_folder(), "vllm", {"max-model-len": 2048}) as server:
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}  # else random weights write blanks for ever
+    options = {"max-model-len": 2048, "structured-outputs-config": compact}
+    with Server(make_model.model_folder(), "vllm", options) as server:
         yield server
 
 
@@ -306,6 +308,6 @@ def test_on_real_vllm_a_random_model_fills_the_schema_scores_agree_and_a_caller_
         while metric(real, "num_requests_running") > 0:
             assert time.monotonic() < deadline, "the engine's request goes on"
             time.sleep(0.02)
-        assert 5 <= metric(real, "generation_tokens_total") - before < 1900  # it did not end by itself
+        assert 0 < metric(real, "generation_tokens_total") - before < 1900  # it did not end by itself
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.chat.completions.create(model="nope", messages=HELLO, stream=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from dataclasses import dataclass
 
 from ch06_vllm.engine.block_pool import BlockPool, block_hash
@@ -81,7 +82,7 @@ class Scheduler:
                 self._give_up_blocks(request)
                 break
             if request.num_preemptions == 0:
-                request.num_cached = cached
+                request.num_cached, request.scheduled_s = cached, time.perf_counter()
                 self.prefix_queries += request.num_prompt
                 self.prefix_hits += cached
             del self.waiting[0]
