@@ -186,7 +186,7 @@ def test_what_stands_compiled_is_taken_as_it_is_unless_it_is_of_another_torch(
         raise RuntimeError("compiles")
 
     monkeypatch.setattr(cpp_extension, "load", compiler)
-    assert CPUAdamBuilder().load().__file__ == str(tmp_path / "cpu_adam" / "cpu_adam.so")
+    assert CPUAdamBuilder().load().create_adam
     builder.OpBuilder._loaded_ops.clear()
     (tmp_path / "cpu_adam" / "complete").write_text("another torch")
     with pytest.raises(RuntimeError, match="compiles"):
