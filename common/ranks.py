@@ -30,7 +30,8 @@ from typing import Any
 from common.script import UserError
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["common.dist", "torch._dynamo"])  # one list for all uses; it may be set anew before
+_preloaded = ["common.dist", "torch._dynamo"]
+forkserver.set_forkserver_preload(_preloaded)
 CONSEQUENCE = re.compile("left with an error|lost another rank")  # not the cause
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
@@ -135,6 +136,12 @@ def run_ranks(
                 )
             )
         return answers
+
+
+def preload(*modules: str) -> None:
+    """Let the server import these too, once for all ranks. It starts with the first rank; after that it is too late."""
+    _preloaded.extend(modules)
+    forkserver.set_forkserver_preload(_preloaded)
 
 
 def end_with_parent() -> None:
