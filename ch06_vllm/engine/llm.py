@@ -18,7 +18,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """Within dist.session its ranks share one model (tensor parallel): all of them make it, and all call generate alike.
+    """Within dist.session its ranks share one model (tensor parallel): all make it, and all call generate alike.
 
     Args:
         model: a local Hugging Face folder or a hub id.

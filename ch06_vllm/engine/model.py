@@ -106,7 +106,7 @@ class Model:
             (window >= self.max_len, f"attends to {window} tokens back, this engine to all; lower max_model_len to it"),
             (
                 self.max_len <= config.max_position_embeddings,
-                f"was made for {config.max_position_embeddings} tokens; max_model_len {self.max_len} is above, lower it",
+                f"was made for {config.max_position_embeddings} tokens; lower max_model_len {self.max_len}",
             ),
         ):
             if not fine:
