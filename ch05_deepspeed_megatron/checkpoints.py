@@ -18,7 +18,7 @@ import torch
 from ch01_intro import training
 from ch04_fsdp import checkpoints as sharded
 from ch05_deepspeed_megatron import engine as engines
-from ch05_deepspeed_megatron import universal_format
+from ch05_deepspeed_megatron import universal_format, zero_files
 from common.logs import get_logger
 from common.script import UserError
 
@@ -69,7 +69,7 @@ class Keeper(sharded.Keeper):
         if not (path / TAG).is_dir():
             raise UserError(f"{path} was not made by this script; resume it with the one that made it")
         stage = engines.stage_of(engine.config)
-        was = universal_format.stage_of(path / TAG)
+        was = zero_files.stage_of(path / TAG)
         as_it_is = was == (2 if stage == 1 else stage) and meta["ranks"] == self.ctx.world_size
         if as_it_is or was == stage == 0:
             engine.load_checkpoint(str(path), tag=TAG)
@@ -89,6 +89,7 @@ class Keeper(sharded.Keeper):
             engine.load_checkpoint(str(scratch), tag=TAG)
         finally:
             engine._config.load_universal_checkpoint = False
+        universal_format.load_frozen(engine, path / TAG)
         universal_format.mend(engine, told)
         self.ctx.barrier("universal checkpoint loaded")
         if self.ctx.is_main:
