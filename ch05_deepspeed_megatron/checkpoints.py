@@ -26,6 +26,27 @@ log = get_logger()
 TAG = "engine"  # the folder inside a checkpoint that DeepSpeed writes
 
 
+@torch.no_grad()
+def load_beside_the_disk(engine: Any, folder: Path, rank: int) -> None:
+    """Of an optimizer on NVMe DeepSpeed 0.19.8 loads the swap files alone. The rest it saves, and passes over: the
+    count of steps, the loss scale, and the weights and moments that are too few for a file, as those of norms."""
+    zero, file = engine.optimizer, next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    saved = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # classes of its own
+    zero.checkpoint_event_prologue()  # norms are cut up, and in the end gathered anew
+    zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+    for number, weights in enumerate(saved["fp32_flat_groups"]):
+        own = zero.fp32_partitioned_groups_flat[number]
+        state = zero.optimizer.state[own] = dict(saved["optimizer_state_dict"]["state"][number])
+        if zero._swappable_optimizer_subgroup(number):  # the next step reads moments from files that it knows of
+            size = int(zero.fp16_partitioned_groups_flat_numel[number])
+            state |= {name: weights.new_empty(size) for name in state if name != "step"}
+            zero.optimizer_swapper._get_param_swap_info(own).release_memory()
+        if weights.numel():
+            own.copy_(weights)
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+    zero.checkpoint_event_epilogue()
+
+
 class Keeper(sharded.Keeper):
     """Saves to `folder`: the newest `keep` and the one of the lowest validation loss stay."""
 
@@ -73,6 +94,8 @@ class Keeper(sharded.Keeper):
         as_it_is = was == (2 if stage == 1 else stage) and meta["ranks"] == self.ctx.world_size
         if as_it_is or was == stage == 0:
             engine.load_checkpoint(str(path), tag=TAG)
+            if engine.zero_nvme_offload_optimizer():
+                load_beside_the_disk(engine, path / TAG, self.ctx.rank)
         else:
             self._load_universal(path, engine, stage)
         if stage == 3:
