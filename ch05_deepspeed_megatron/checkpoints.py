@@ -28,8 +28,9 @@ TAG = "engine"  # the folder inside a checkpoint that DeepSpeed writes
 
 @torch.no_grad()
 def load_beside_the_disk(engine: Any, folder: Path, rank: int) -> None:
-    """Of an optimizer on NVMe DeepSpeed 0.19.8 loads the swap files alone. The rest it saves, and passes over: the
-    count of steps, the loss scale, and the weights and moments that are too few for a file, as those of norms."""
+    """Of an optimizer on NVMe DeepSpeed 0.19.8 copies the swap files back, and reads the weights in them alone. Moments
+    would start anew, and so would what it saves beside: the count of steps, the loss scale, and all that is too small
+    for a file, as norms are."""
     zero, file = engine.optimizer, next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     saved = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # classes of its own
     zero.checkpoint_event_prologue()  # norms are cut up, and in the end gathered anew
