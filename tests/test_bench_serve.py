@@ -19,8 +19,8 @@ from tokenizers.models import WordLevel
 
 from ch06_vllm import agree, bench_serve, load
 from ch06_vllm.client import Answer, Client, Retry
-from ch06_vllm.servers import vllm_program
 from common.script import UserError
+from tests.conftest import needs_vllm
 from tests.openai_fake import Does, FakeServer
 
 SPECIAL = [3, 64]
@@ -331,10 +331,7 @@ def test_wrong_flags_are_one_line(
 
 def test_vllms_own_code_makes_the_same_figures_of_our_records() -> None:
     """On records with answers of one token and chunks of several: nothing but a definition could differ."""
-    try:
-        vllm_program()
-    except UserError as missing:
-        pytest.skip(f"needs vllm: {missing}")
+    needs_vllm()
     rng = np.random.default_rng(6)
     records = []
     for index in range(40):
