@@ -189,7 +189,7 @@ def test_objectives() -> None:
 def test_measured_times_agree_with_those_that_the_server_wrote_down(
     server: FakeServer, model: Path, tmp_path: Path
 ) -> None:
-    server.ttft_s, server.gap_s = 0.05, 0.02
+    server.ttft_s, server.gap_s = 0.1, 0.04
     flags = ("--rate", "20", "--requests", "20", "--output-tokens", "8", "--slo", "e2e:100000")
     result = bench(server, model, tmp_path, *flags)
     rows = [json.loads(line) for line in next(tmp_path.glob("requests-*.jsonl")).read_text().splitlines()]
@@ -197,20 +197,17 @@ def test_measured_times_agree_with_those_that_the_server_wrote_down(
     assert (result["completed"], len(seen), len(rows)) == (20, 20, 20)
     assert (result["completion_tokens"], result["prompt_tokens"], result["exact_lengths"]) == (160, 20 * 128, True)
     assert result["goodput_per_s"] == result["requests_per_s"]
-    zero_s = (
-        seen[0].arrived_s - rows[0]["sent_s"]
-    )  # the run's zero on the server's clock, late by one way to the server
-    for row, own in zip(rows, seen, strict=True):  # arrivals are far enough apart to come in order
-        wrote = np.array(own.written_s) - zero_s
-        assert len(row["arrivals_s"]) == 8
-        assert row["arrivals_s"][0] - row["sent_s"] >= own.written_s[0] - own.arrived_s >= 0.05
-        assert np.median(np.array(row["arrivals_s"]) - wrote) == pytest.approx(0, abs=0.02)
-    gaps = [gap for own in seen for gap in np.diff(own.written_s)]
-    own_tpot = [(own.written_s[-1] - own.written_s[0]) / 7 for own in seen]
-    own_ttft = [own.written_s[0] - own.arrived_s for own in seen]
-    assert result["itl_ms_p50"] == pytest.approx(1e3 * median(gaps), rel=0.1)
-    assert result["tpot_ms_p50"] == pytest.approx(1e3 * median(own_tpot), rel=0.1)
-    assert result["ttft_ms_p50"] == pytest.approx(1e3 * median(own_ttft), rel=0.2)
+    assert {len(row["arrivals_s"]) for row in rows} == {len(one.written_s) for one in seen} == {8}
+    server_s = {
+        "itl": [gap for one in seen for gap in np.diff(one.written_s)],
+        "tpot": [(one.written_s[-1] - one.written_s[0]) / 7 for one in seen],
+        "ttft": [one.written_s[0] - one.arrived_s for one in seen],
+        "e2e": [one.written_s[-1] - one.arrived_s for one in seen],
+    }
+    for name, times in server_s.items():
+        assert result[f"{name}_ms_p50"] == pytest.approx(1e3 * median(times), rel=0.25)
+    for name in ("ttft", "e2e"):  # a client waits no less than the server took
+        assert result[f"{name}_ms_mean"] >= 1e3 * np.mean(server_s[name])
     assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
