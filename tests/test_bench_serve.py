@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from ch06_vllm import agree, bench_serve, load
+from ch06_vllm import agree, bench_serve, compare_models, load
 from ch06_vllm.client import Answer, Client, Retry
 from common.script import UserError
 from tests.conftest import needs_vllm
@@ -313,6 +317,7 @@ def test_several_servers_get_the_same_load_in_one_table(
         (("--rate", "3", "--concurrency", "2"), "not allowed with"),
         (("--slo", "itl:3"), "is no objective"),
         (("--trace", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
+        (("--serve", "nano"), "'nano' is not ENGINE:MODEL; ENGINE is vllm or ours"),
     ],
 )
 def test_wrong_flags_are_one_line(
@@ -321,6 +326,33 @@ def test_wrong_flags_are_one_line(
     with pytest.raises(UserError, match=message):
         bench(server, model, tmp_path, *flags)
     assert server.seen == []
+
+
+def test_models_are_compared_one_server_after_the_other(
+    server: FakeServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up: list[str] = []
+
+    @contextmanager
+    def one_at_a_time(asked: tuple[str, str], options: dict[str, Any]) -> Iterator[SimpleNamespace]:
+        assert up == []
+        up.append(asked[1])
+        yield SimpleNamespace(url=server.url, model=Path(asked[1]).name, start_s=2.5)
+        up.pop()
+
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}, other / "model.safetensors")
+    monkeypatch.setattr(compare_models, "server", one_at_a_time)
+    flags = ["--server", f"vllm:{model}", "--server", f"ours:{other}", "--requests", "3", "--warmup", "1"]
+    result = compare_models.main([*flags, "--prompt-tokens", "4", "--run-dir", str(tmp_path / "run")])
+    one, two = result["servers"].values()
+    assert (result["compared"], result["failed"], one["parameters"], two["parameters"]) == (2, 0, None, 22)
+    assert one["start_s"] == 2.5
+    assert [seen.body["model"] for seen in server.seen] == [model.name] * 4 + ["other"] * 4
+    assert [seen.body["prompt"] for seen in server.seen[:4]] == [seen.body["prompt"] for seen in server.seen[4:]]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(list((tmp_path / "run").glob("requests-*.jsonl"))) == 2
 
 
 # ---------------------------------------------------------------- beside vllm bench serve
