@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from ch06_vllm import make_model, options, serve_vllm, servers
 from ch06_vllm.servers import Server
 from common import bootstrap, exercises, lm, process
+from common.ranks import free_port
 from common.script import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +194,6 @@ def test_two_ranks_share_the_work_and_give_likely_tokens(vllm_server: Server, vl
     """Sums in another order may tip a close choice in bf16: so by the likelihood of what they say, not by the text."""
     workers = [p for p in vllm_server_tp2.child.tree() if "Worker" in p.name()]
     assert len(workers) == 2
-    assert len({tuple(p.cpu_affinity()) for w in workers for p in [w]}) >= 1
     one = complete(vllm_server, "class Parser:", tokens=1, logprobs=5)["choices"][0]["logprobs"]["top_logprobs"][0]
     two = complete(vllm_server_tp2, "class Parser:", tokens=1, logprobs=5)["choices"][0]["logprobs"]["top_logprobs"][0]
     common = one.keys() & two.keys()
@@ -205,12 +205,11 @@ def test_two_ranks_share_the_work_and_give_likely_tokens(vllm_server: Server, vl
 class Starter:
     """serve_vllm as a user starts it; its engine's processes are known once it says that it is ready."""
 
-    def __init__(self, config: str) -> None:
+    def __init__(self, config: str, *flags: str) -> None:
         self.ready, self.stopping = threading.Event(), threading.Event()
         self.url = ""
-        self.child = process.Child(
-            [*SERVE, f"ch06_vllm/configs/{config}.yaml", "--set", f"port={servers.free_port()}"], on_line=self.on_line
-        )
+        command = [*SERVE, f"ch06_vllm/configs/{config}.yaml", "--set", f"port={free_port()}", *flags]
+        self.child = process.Child(command, on_line=self.on_line)
 
     def on_line(self, line: str) -> None:
         if match := re.match(r"ready: (\S+)", line):
@@ -234,10 +233,11 @@ class Starter:
 
 @needs_vllm
 def test_sigterm_lets_a_running_stream_finish() -> None:
-    with Starter("lora") as starter:
+    with Starter("single", "--grace-s", "120") as starter:
         starter.wait_until_ready()
+        (served,) = servers.models(starter.url)
         connection = http.client.HTTPConnection(starter.url.removeprefix("http://"), timeout=120)
-        body = {"model": "style", "prompt": "def f(", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        body = {"model": served, "prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         stream = connection.getresponse()
@@ -247,16 +247,13 @@ def test_sigterm_lets_a_running_stream_finish() -> None:
         assert starter.stopping.wait(30)
         events = [line[6:] for line in stream.read().decode().splitlines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["usage"]["completion_tokens"] == 1500
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == 600
+        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
         done = starter.child.wait(60)
+    assert not [p for p in engine if p.is_running()]
     assert done.returncode == 0, done.stderr
     assert done.result
     assert done.result["model"].startswith("nano")
-    assert [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if f":{starter.url.rpartition(':')[2]}" in " ".join(p.info["cmdline"] or [])
-    ] == []
 
 
 @needs_vllm
