@@ -235,6 +235,7 @@ class Starter:
 def test_sigterm_lets_a_running_stream_finish() -> None:
     with Starter("single", "--grace-s", "120") as starter:
         starter.wait_until_ready()
+        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
         (served,) = servers.models(starter.url)
         connection = http.client.HTTPConnection(starter.url.removeprefix("http://"), timeout=120)
         body = {"model": served, "prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "stream": True}
@@ -248,7 +249,6 @@ def test_sigterm_lets_a_running_stream_finish() -> None:
         events = [line[6:] for line in stream.read().decode().splitlines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
         assert json.loads(events[-2])["usage"]["completion_tokens"] == 600
-        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
         done = starter.child.wait(60)
     assert not [p for p in engine if p.is_running()]
     assert done.returncode == 0, done.stderr
@@ -265,6 +265,32 @@ def test_kill_9_of_the_starter_leaves_no_process() -> None:
         os.kill(starter.child.process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(engine, timeout=60)
         assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+# ---------------------------------------------------------------- several nodes
+
+
+@pytest.mark.parametrize("name", ["multi_node.sh", "data_parallel.sh", "ray_cluster.sh"])
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({}, "NNODES: how many nodes are there? set it"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: address of node 0? set it"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "which model? name it first"),
+    ],
+)
+def test_a_launch_script_says_what_it_lacks(name: str, env: dict[str, str], said: str) -> None:
+    done = process.run(["bash", f"ch06_vllm/launch/{name}"], timeout_s=30, env=env)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_the_hosts_of_a_virtual_cluster_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    assert servers.own_cores() == [4, 5, 6, 7]
+    monkeypatch.setenv("VIRTUAL_CLUSTER", json.dumps({"hosts": 2}))
+    monkeypatch.setenv("HOST_INDEX", "1")
+    assert servers.own_cores() == [6, 7]
 
 
 # ---------------------------------------------------------------- what cannot start
@@ -327,7 +353,7 @@ def test_what_only_the_engine_can_know_is_its_own_words_in_one_line(served_model
 def test_a_server_that_takes_too_long_is_stopped_and_says_what_to_check(served_model: Path) -> None:
     with (
         pytest.raises(UserError, match=r"vllm is not ready after 0.5 s \(its last line: .*\); see whether"),
-        Server(served_model, timeout_s=0.5) as server,
+        Server(served_model, timeout_s=0.5),
     ):
         pass
 
