@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -22,12 +23,12 @@ from typing import Any
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
 from ch06_vllm.serve_vllm import smoke
-from ch06_vllm.servers import Server, answers, check_model, vllm_environment, vllm_program
+from ch06_vllm.servers import Server, check_model, vllm_environment, vllm_program
 from common import process, script
 from common.bootstrap import gpus_visible
 
 LAUNCH = Path("ch06_vllm/launch")
-PORT = 8000
+PORT, LINE_PORT = 8000, 8001
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("multi_node.sh", {"tensor-parallel-size": 2}),
     "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2}),
@@ -67,23 +68,38 @@ def head(form: str, model: str, tokens: int, timeout_s: float) -> dict[str, Any]
     return found | ({"ray_nodes": nodes[0]} if nodes else {})
 
 
-def follow(form: str, model: str, timeout_s: float) -> None:
-    """Another host: its share, until host 0 has answered and gone."""
+def follow(form: str, model: str, timeout_s: float) -> dict[str, Any]:
+    """Another host: its share, as long as host 0 is there."""
     file, sizes = FORMS[form]
     words = [word for key, value in (SMALL | sizes).items() for word in (f"--{key}", str(value)) if word != "True"]
-    up, deadline = False, time.monotonic() + timeout_s
-    with process.Child(["bash", LAUNCH / file, model, *words], env=vllm_environment(1)) as child:
+    with (
+        process.Child(["bash", LAUNCH / file, model, *words], env=vllm_environment(1)) as child,
+        meet(timeout_s) as line,
+    ):
+        line.settimeout(0.2)
         while child.process.poll() is None:
-            now = answers(f"http://{os.environ['MASTER_ADDR']}:{PORT}/health")
-            if up and not now:
-                return
-            up = up or now
-            if time.monotonic() > deadline:
-                raise script.UserError(f"host 0 has not answered for {timeout_s:g} s; see its lines above")
-            time.sleep(0.2)
+            try:
+                ended = not line.recv(1)
+            except TimeoutError:
+                ended = False
+            except ConnectionError:
+                ended = True
+            if ended:
+                return {}
         done = child.wait(0)
-    if not up and form != "ray":
-        raise script.UserError(f"this host's share ended early ({done.reason()}); see host 0's lines too")
+    raise script.UserError(f"this host's share ended early ({done.reason()}); see host 0's lines too")
+
+
+def meet(timeout_s: float) -> socket.socket:
+    """A connection to host 0, which ends when host 0 does, in whatever way."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], LINE_PORT), timeout=5)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise script.UserError(f"host 0 is not there after {timeout_s:g} s ({error}); see its lines") from None
+            time.sleep(0.2)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -99,9 +115,9 @@ def main(argv: list[str] | None = None) -> dict:
         place = {"NNODES": str(cluster.hosts), "NODE_RANK": os.environ["HOST_INDEX"]}
         os.environ.update(place | {"MASTER_ADDR": virtual_cluster.address(0)})
         if os.environ["HOST_INDEX"] == "0":
-            return head(args.form, args.model, args.tokens, args.timeout_s)
-        follow(args.form, args.model, args.timeout_s)
-        raise SystemExit(0)
+            with socket.create_server(("", LINE_PORT)):  # the others' connections wait in its backlog
+                return head(args.form, args.model, args.tokens, args.timeout_s)
+        return follow(args.form, args.model, args.timeout_s)
     model = options.make_models(args.model)
     check_model(model, FORMS[args.form][1].get("tensor-parallel-size", 1))
     virtual_cluster.check_here("; on real nodes see ch06_vllm/launch")
