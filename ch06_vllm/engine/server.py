@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         "--max-body-mib", type=script.positive, default=16, help="of a request; a larger one gets a 413"
     )
     parser.add_argument("--request-timeout-s", type=script.positive, default=30, help="to send a request in")
-    parser.add_argument("--shutdown-timeout", type=script.positive, default=30, help="seconds for running requests")
+    parser.add_argument("--shutdown-timeout", type=script.at_least(0), default=30, help="seconds for running requests")
     shared = {"model", "device", "seed"}
     for field in fields(Config):
         flag = "--" + field.name.replace("_", "-")
