@@ -14,8 +14,8 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -37,8 +37,9 @@ SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 ADVICE = [
     (r"[Aa]ddress already in use", "stop what listens there, or take another port"),
     (r"CUDA out of memory|OutOfMemoryError|Free memory on device", "lower gpu-memory-utilization or max-model-len"),
-    (r"KV cache is needed|No available memory for the cache blocks|Available memory on node|CPU memory utilization",
-     "give it more with kv-cache-memory-bytes or gpu-memory-utilization, or lower max-model-len"),
+    (r"KV cache is needed|No available memory for the cache blocks",
+     "raise kv-cache-memory-bytes or gpu-memory-utilization, or lower max-model-len"),
+    (r"Available memory on node", "lower kv-cache-memory-bytes or gpu-memory-utilization, or free memory"),
     (r"must be divisible by tensor parallel size", "take a tensor-parallel-size that divides the model's heads"),
     (r"max_model_len", "lower max-model-len"),
     (r"safetensors|model weights", "see whether the model folder is whole"),
@@ -63,6 +64,7 @@ def vllm_environment(ranks: int) -> dict[str, str]:
     found = {
         "PATH": f"{vllm_program().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
     if not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(sorted(os.sched_getaffinity(0)), ranks)
@@ -104,7 +106,7 @@ ENGINES: dict[str, Callable[[str, int, Mapping[str, Any]], list[str]]] = {"vllm"
 
 
 class Server:
-    """A running engine.
+    """A running engine. `grace_s`: how long requests may go on when it is stopped; 0 ends them at once.
 
     Attributes:
         url: where it answers, without a path.
@@ -125,12 +127,12 @@ class Server:
         port: int | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 600,
-        grace_s: int = 10,
+        grace_s: int = 0,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         self.folder, self.engine = str(model), engine
         self.options = {name.replace("_", "-"): value for name, value in (options or {}).items()}
-        self.options.setdefault("shutdown-timeout", grace_s)  # how long vLLM lets requests finish after SIGTERM
+        self.options.setdefault("shutdown-timeout", grace_s)
         self.timeout_s, self.grace_s, self.on_line = timeout_s, grace_s, on_line
         self.port, self.env = port, dict(env or {})
         self.url = self.model = ""
@@ -140,8 +142,9 @@ class Server:
     def __enter__(self) -> Server:
         sizes = [int(self.options.get(name, 1)) for name in SIZES]
         ranks = sizes[0] * sizes[1] * int(self.options.get("data-parallel-size-local", sizes[2]))
+        ranks //= int(self.options.get("nnodes", 1))  # on this host
         check_model(self.folder, sizes[0])
-        check_ranks(ranks // int(self.options.get("nnodes", 1)))
+        check_ranks(ranks)
         port = self.port or free_port()
         check_port(port)
         self.url = f"http://{HOST}:{port}"
@@ -151,12 +154,18 @@ class Server:
         try:
             self._wait_until_healthy()
         except BaseException:
-            self.child.stop(grace_s=1)
+            self._stop(grace_s=1)
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.child.stop(self.grace_s + 5)
+        self._stop(self.grace_s + 5)
+
+    def _stop(self, grace_s: float) -> None:
+        self.child.stop(grace_s)
+        for name in set(re.findall(r"vllm_dist_\w{16,}", "".join(self.child.out))):  # ranks that are killed leave them
+            for path in (*Path("/dev/shm").glob(f"{name}*"), Path(tempfile.gettempdir(), name)):
+                path.unlink(missing_ok=True)
 
     def _wait_until_healthy(self) -> None:
         deadline = self.child.started + self.timeout_s
@@ -248,6 +257,6 @@ def why(printed: Iterable[str]) -> str:
     said = lines[errors[0]]
     if "validation error" in said:  # pydantic's next line says which
         said = lines[errors[0] + 1].partition(" [type=")[0]
-    said = " ".join(said.split())
+    said = re.split(r"\. (?=[A-Z])", " ".join(said.split()))[0]
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, said)), "see its documentation")
     return f"{said[:400].rstrip('.')}; {advice}"

@@ -6,9 +6,14 @@ import os
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ch06_vllm.servers import Server
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
 # Before anything imports the libraries that read them once. Child processes inherit them.
@@ -55,3 +60,38 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
     return monkeypatch
+
+
+@pytest.fixture(scope="session")
+def served_model() -> Path:
+    """The model folder that the servers below have: nano, random bf16 weights, a tokenizer with a chat template."""
+    from ch06_vllm.make_model import model_folder
+
+    return model_folder()
+
+
+def needs_vllm() -> None:
+    from common.exercises import missing_for
+
+    if lacking := missing_for("vllm"):
+        pytest.skip(f"needs {lacking}")
+
+
+@pytest.fixture(scope="session")
+def vllm_server(served_model: Path) -> Iterator[Server]:
+    """Real vLLM with one rank, started once for all tests. What they leave in its cache or counters, others see."""
+    from ch06_vllm.servers import Server
+
+    needs_vllm()
+    with Server(served_model, "vllm", {"kv-cache-memory-bytes": "512M"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def vllm_server_tp2(served_model: Path) -> Iterator[Server]:
+    """The same with two ranks, tensor parallel."""
+    from ch06_vllm.servers import Server
+
+    needs_vllm()
+    with Server(served_model, "vllm", {"kv-cache-memory-bytes": "256M", "tensor-parallel-size": 2}) as server:
+        yield server
