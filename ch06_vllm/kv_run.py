@@ -8,6 +8,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,9 +57,7 @@ class Trace:
     @property
     def running_mean(self) -> float:
         """Over the time in which requests were running; a sample stands for the time up to the next one."""
-        spans = [
-            (after.at_s - now.at_s, now.running) for now, after in zip(self.samples, self.samples[1:], strict=False)
-        ]
+        spans = [(after.at_s - now.at_s, now.running) for now, after in pairwise(self.samples)]
         return sum(span * running for span, running in spans) / max(
             sum(span for span, running in spans if running), 1e-9
         )
