@@ -34,13 +34,12 @@ from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_drawn import NAMES, plot, table
 from ch06_vllm.kv_policies import peak_blocks, policies, prefix_hits
-from ch06_vllm.kv_run import Trace, on_ours, on_vllm
+from ch06_vllm.kv_run import Trace, engine_name, on_ours, on_vllm
 from ch06_vllm.servers import Server
 from common import lm, logs, script
 
 log = logs.get_logger()
 DECODING = 16  # requests of the block size sweep
-ENGINES = ("ours", "vllm")
 Run = Callable[[Sequence[load.Request]], Trace]
 
 
@@ -65,12 +64,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.prefix_tokens > args.max_model_len // 2:
         raise script.UserError(f"--prefix-tokens is more than half of --max-model-len {args.max_model_len}; lower it")
     return args
-
-
-def engine_name(text: str) -> str:
-    if text not in ENGINES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no engine; take {' or '.join(ENGINES)}")
-    return text
 
 
 @dataclass(frozen=True)
