@@ -11,9 +11,9 @@ You see     a row for each setting tried: tokens/s and TPOT with all requests at
             requests within the objective at --rate; tuning.png with the Pareto front; the recommended setting beside
             the first one, on arrivals and prompts that it was not chosen on; recommended.yaml for serve_vllm
 
-One axis after another, from the same settings on both engines: a value is kept if more requests are within the objective, or
-as many and the tail is better. Each point is a fresh server. The objective holds if --attainment of the requests meet
-every bound; TTFT counts from the scheduled arrival.
+One axis after another, from the same settings on both engines: a value is kept if more requests are within the
+objective, or as many and the tail is better. Each point is a fresh server. The objective holds if --attainment of the
+requests meet every bound; TTFT counts from the scheduled arrival.
 """
 
 from __future__ import annotations
