@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
