@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import transformers
 
 from common import data, lm, script
 
-CONTEXT = 96
+CONTEXT = 80
 OUTPUT = 16  # tokens of a reference
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
