@@ -134,7 +134,8 @@ def compiled(dtype: torch.dtype) -> Callable[..., None] | None:
     try:
         function = ctypes.CDLL(str(_build(dtype))).paged_attention
     except (OSError, subprocess.SubprocessError) as error:
-        get_logger().warning("paged attention without its C loop, slower", because=str(error).splitlines()[0][:120])
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[:1]
+        get_logger().warning("paged attention without its C loop, slower", because="".join(said)[:160])
         return None
     function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6 + [ctypes.c_float]
 
