@@ -18,12 +18,34 @@ import torch
 from ch01_intro import training
 from ch04_fsdp import checkpoints as sharded
 from ch05_deepspeed_megatron import engine as engines
-from ch05_deepspeed_megatron import universal_format
+from ch05_deepspeed_megatron import universal_format, zero_files
 from common.logs import get_logger
 from common.script import UserError
 
 log = get_logger()
 TAG = "engine"  # the folder inside a checkpoint that DeepSpeed writes
+
+
+@torch.no_grad()
+def load_beside_the_disk(engine: Any, folder: Path, rank: int) -> None:
+    """Of an optimizer on NVMe DeepSpeed 0.19.8 copies the swap files back, and reads the weights in them alone. Moments
+    would start anew, and so would what it saves beside: the count of steps, the loss scale, and all that is too small
+    for a file, as norms are."""
+    zero, file = engine.optimizer, next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    saved = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # classes of its own
+    zero.checkpoint_event_prologue()  # norms are cut up, and in the end gathered anew
+    zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+    for number, weights in enumerate(saved["fp32_flat_groups"]):
+        own = zero.fp32_partitioned_groups_flat[number]
+        state = zero.optimizer.state[own] = dict(saved["optimizer_state_dict"]["state"][number])
+        if zero._swappable_optimizer_subgroup(number):  # the next step reads moments from files that it knows of
+            size = int(zero.fp16_partitioned_groups_flat_numel[number])
+            state |= {name: weights.new_empty(size) for name in state if name != "step"}
+            zero.optimizer_swapper._get_param_swap_info(own).release_memory()
+        if weights.numel():
+            own.copy_(weights)
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+    zero.checkpoint_event_epilogue()
 
 
 class Keeper(sharded.Keeper):
@@ -69,10 +91,12 @@ class Keeper(sharded.Keeper):
         if not (path / TAG).is_dir():
             raise UserError(f"{path} was not made by this script; resume it with the one that made it")
         stage = engines.stage_of(engine.config)
-        was = universal_format.stage_of(path / TAG)
+        was = zero_files.stage_of(path / TAG)
         as_it_is = was == (2 if stage == 1 else stage) and meta["ranks"] == self.ctx.world_size
         if as_it_is or was == stage == 0:
             engine.load_checkpoint(str(path), tag=TAG)
+            if engine.zero_nvme_offload_optimizer():
+                load_beside_the_disk(engine, path / TAG, self.ctx.rank)
         else:
             self._load_universal(path, engine, stage)
         if stage == 3:
@@ -89,6 +113,7 @@ class Keeper(sharded.Keeper):
             engine.load_checkpoint(str(scratch), tag=TAG)
         finally:
             engine._config.load_universal_checkpoint = False
+        universal_format.load_frozen(engine, path / TAG)
         universal_format.mend(engine, told)
         self.ctx.barrier("universal checkpoint loaded")
         if self.ctx.is_main:

@@ -14,11 +14,8 @@ You see     the folder's size and the most memory that it took, about one file's
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from safetensors import safe_open
 
 from ch04_fsdp import checkpoints as sharded
 from ch04_fsdp import export, weights, zero_peers
-from ch05_deepspeed_megatron import checkpoints, universal_format
+from ch05_deepspeed_megatron import checkpoints, zero_files
 from common import lm, process, profiling, script
 
 # Runs a script of ours or of DeepSpeed, and tells the most memory that its process had, imports and all.
@@ -39,109 +36,6 @@ try:
 finally:
     print("PEAK_KIB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr, flush=True)
 """
-
-
-Keys = tuple[Any, ...]
-Groups = list[dict[str, torch.Size]]  # name and shape of each parameter, by group of the optimizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements of a parameter in a file: of the flat tensor at these keys, or all of it where `numel` is None."""
-
-    file: Path
-    keys: Keys
-    start: int = 0
-    numel: int | None = None
-
-
-def stored_parameters(
-    folder: Path, state: str = "fp32", keep_open_bytes: int = 2**26
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole float32 value of each parameter that DeepSpeed has saved to `folder`, a tied one once.
-
-    Args:
-        state: fp32, or what the optimizer holds of each parameter that it trains: exp_avg, exp_avg_sq.
-        keep_open_bytes: files are mapped, not read; after so many bytes they are mapped anew, so that the pages go.
-    """
-    opened: dict[Path, Any] = {}
-    taken = 0
-    for name, shape, pieces in _plan(folder, state):
-        parts = []
-        for piece in pieces:
-            if piece.file not in opened:
-                opened[piece.file] = _open(piece.file)
-            found = opened[piece.file]
-            for key in piece.keys:
-                found = found[key]
-            flat = found.detach().reshape(-1)
-            parts.append(flat if piece.numel is None else flat.narrow(0, piece.start, piece.numel))
-        whole = torch.cat(parts).float()[: math.prod(shape)].view(tuple(shape))
-        taken += whole.numel() * whole.element_size()
-        if taken > keep_open_bytes:
-            opened, taken = {}, 0
-        yield name, whole
-
-
-Planned = tuple[str, torch.Size, list[Piece]]
-
-
-def _open(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-
-
-def _plan(folder: Path, state: str) -> Iterator[Planned]:
-    """Name, shape and pieces of each parameter, in the order in which they lie in the files."""
-    stage = universal_format.stage_of(folder)
-    models = sorted(
-        folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_*"), key=_rank
-    )
-    shards = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank)
-    model = _open(models[0])
-    if stage == 0:
-        tied = set(model.get("shared_params") or {})
-        for name, tensor in model["module"].items():
-            if name not in tied:
-                yield name, tensor.shape, [Piece(models[0], ("module", name))]
-        return
-    if state == "fp32":
-        for name, shape in (model["frozen_param_shapes"] or {}).items():  # of which no optimizer has a copy
-            yield name, shape, [Piece(file, ("frozen_param_fragments", name)) for file in models]
-        for name in model["buffer_names"]:
-            yield name, model["module"][name].shape, [Piece(models[0], ("module", name))]
-    flat = [_keys(stage, state, number) for number in range(len(model["param_shapes"]))]
-    yield from (_of_stage_3 if stage == 3 else _of_stage_2)(model["param_shapes"], flat, shards)
-
-
-def _rank(path: Path) -> int:
-    return int(path.name.partition("pp_rank_")[2].partition("_")[0] or 0)
-
-
-def _keys(stage: int, state: str, group: int) -> Keys:
-    """Where in a shard's file the flat tensor of a group lies."""
-    if state == "fp32":
-        return "optimizer_state_dict", "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", group
-    within = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-    return "optimizer_state_dict", within, "state", group, state
-
-
-def _of_stage_3(groups: Groups, flat: list[Keys], shards: list[Path]) -> Iterator[Planned]:
-    """Each rank has a part of every parameter, the last ones padded; the parts lie one behind the other."""
-    for shapes, keys in zip(groups, flat, strict=True):
-        start = 0
-        for name, shape in shapes.items():
-            part = math.ceil(math.prod(shape) / len(shards))
-            yield name, shape, [Piece(file, keys, start, part) for file in shards]
-            start += part
-
-
-def _of_stage_2(groups: Groups, flat: list[Keys], shards: list[Path]) -> Iterator[Planned]:
-    """All parameters one behind the other, cut into as many parts as ranks: a rank says what it has of which."""
-    mappings = [_open(file)["optimizer_state_dict"]["param_slice_mappings"] for file in shards]
-    for number, (shapes, keys) in enumerate(zip(groups, flat, strict=True)):
-        for name, shape in shapes.items():
-            found = zip(shards, (mapping[number].get(name) for mapping in mappings), strict=True)
-            yield name, shape, [Piece(file, keys, at.start, at.numel) for file, at in found if at]
 
 
 def compare(checkpoint: Path, file_mib: float, timeout_s: float) -> dict[str, Any]:
@@ -208,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     before = profiling.memory(cpu).current
     profiling.reset_peak_memory(cpu)
     try:
-        tensors = stored_parameters(args.checkpoint / checkpoints.TAG)
+        tensors = zero_files.parameters(args.checkpoint / checkpoints.TAG)
         total = export.write_folder(args.folder, config, tokenizer, tensors, int(args.file_mib * 2**20))
     except OSError as error:
         raise script.UserError(f"cannot write {args.folder} ({error.strerror}); give another folder") from None

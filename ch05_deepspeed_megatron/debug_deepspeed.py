@@ -5,7 +5,8 @@ You learn   which mistakes DeepSpeed refuses and which it takes without a word; 
 Laptop      python ch05_deepspeed_megatron/debug_deepspeed.py                        (starts its own ranks)
 One         python ch05_deepspeed_megatron/debug_deepspeed.py --fault overflow,nan
 GPU node    python ch05_deepspeed_megatron/debug_deepspeed.py --fault all --ranks 2
-Cluster     the watch, the part() of memory and FirstNotFinite stand in your own script: see debug_faults.py
+Cluster     in your own script: diagnose.watch names a hang, part() what did not fit into memory, FirstNotFinite the
+            module of a NaN; debug_faults.py shows each in use
 You see     for each fault its verdict: what, and the cure; RESULT says for each which cause was named
 """
 

@@ -32,7 +32,10 @@ ALSO_KNOWN = {
     "pipeline": {"stages", "partition", "seed_layers", "activation_checkpoint_interval", "pipe_partitioned",
                  "grad_partitioned", "use_reentrant"},
 }  # fmt: skip
+ADAMS = ("adam", "adamw")
 OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # taken by DeepSpeed before they reach an optimizer
+GIVEN_BY_DEEPSPEED = {"params", "model_params", "adamw_mode", "max_grad_norm"}  # the last is refused
+OF_ALL = ("lr", "betas", "eps", "weight_decay")
 
 
 class Asked(dict):
@@ -90,8 +93,9 @@ def check(settings: Mapping[str, Any], ranks: int) -> None:
             _check_kind(key, value, asked.defaults.get(key))
         raise UserError(f"a value has the wrong type ({error}); see deepspeed.ai/docs/config-json") from None
     _check_asked(asked)
-    _check_optimizer(settings.get("optimizer"))
-    _check_zero(settings.get("zero_optimization", {}))
+    zero = settings.get("zero_optimization", {})
+    _check_optimizer(settings.get("optimizer"), (zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+    _check_zero(zero)
 
 
 def _check_batch(settings: Mapping[str, Any], ranks: int) -> None:
@@ -135,28 +139,57 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
         raise UserError(f"{name} is {value!r}; take a number, 0 or more (without it: {default!r})")
 
 
-def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
+def _check_optimizer(optimizer: Mapping[str, Any] | None, offloaded: bool) -> None:
+    """Names by the signature of the very optimizer that DeepSpeed would make. Its own are compiled when they are made,
+    so the values that all have are judged by torch's AdamW."""
     if optimizer is None:
         return
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    own = {*DEEPSPEED_OPTIMIZERS, "onebitadam", "onebitlamb", "zerooneadam"}
-    kind, given = str(optimizer.get("type")), optimizer.get("params", {})
-    classes = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
-    if kind.lower() not in classes:
-        if kind.lower() in own:
-            return  # what it takes is known when it is made
-        raise UserError(_unknown(kind, "optimizer.type", [c.__name__ for c in classes.values()], "value"))
-    known = {name for name in inspect.signature(classes[kind.lower()]).parameters if name != "params"} | OF_ADAM
+    given = optimizer.get("params", {})
+    made = _optimizer_class(str(optimizer.get("type")), given, offloaded)
+    if made is None:
+        return  # what it takes is known when it is made
+    known = set(inspect.signature(made).parameters) - GIVEN_BY_DEEPSPEED
+    if str(optimizer["type"]).lower() in ADAMS:
+        known |= OF_ADAM
     for name in given:
         if name not in known:
             raise UserError(_unknown(name, "optimizer.params", known))
+    if made.__module__.startswith("torch."):
+        judge, judged = made, {name: value for name, value in given.items() if name not in OF_ADAM}
+    else:
+        judge, judged = torch.optim.AdamW, {name: given[name] for name in OF_ALL if name in given}
     try:
-        classes[kind.lower()](
-            [torch.nn.Parameter(torch.zeros(1))], **{name: given[name] for name in given if name not in OF_ADAM}
-        )
+        judge([torch.nn.Parameter(torch.zeros(1))], **judged)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"optimizer.params: {error}; see torch.optim.{classes[kind.lower()].__name__}") from None
+        raise UserError(f"optimizer.params: {error}; see torch.optim.{judge.__name__}") from None
+
+
+def _optimizer_class(name: str, given: Mapping[str, Any], offloaded: bool) -> Any:
+    """What DeepSpeedEngine._configure_basic_optimizer makes of a type; None: not to be told without a model.
+
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    from deepspeed.ops import adagrad, adam, lamb, lion
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    kind = name.lower()
+    if kind in ADAMS and given.get("torch_adam"):
+        return torch.optim.AdamW if kind == "adamw" or given.get("adam_w_mode", True) else torch.optim.Adam
+    own = {
+        "adam": adam.DeepSpeedCPUAdam if offloaded else adam.FusedAdam,
+        "adagrad": adagrad.DeepSpeedCPUAdagrad if offloaded else torch.optim.Adagrad,
+        "lamb": lamb.FusedLamb,
+        "lion": lion.DeepSpeedCPULion if offloaded else lion.FusedLion,
+    }
+    own["adamw"] = own["adam"]
+    if kind in DEEPSPEED_OPTIMIZERS:
+        return own.get(kind)
+    classes = {key: value for key, value in vars(torch.optim).items() if inspect.isclass(value)}
+    if name not in classes:
+        known = [c.__name__ for c in classes.values()]
+        raise UserError(_unknown(name, "optimizer.type", [*known, *own], "value"))
+    return classes[name]
 
 
 def _check_zero(zero: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@
     mlp.linear_fc1                                             rows r of p of gate_proj, then those of up_proj
     *layernorm                                                 all of it, on every rank
 
-What holds for a weight holds for its gradient: parity.py compares gradients by Hugging Face's names through this.
+What holds for a weight holds for its gradient: megatron_parity.py compares gradients by Hugging Face's names.
 """
 
 from __future__ import annotations

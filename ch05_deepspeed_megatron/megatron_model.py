@@ -1,8 +1,9 @@
 """A Llama in Megatron-Core's terms: GPTModel with RMSNorm, SwiGLU, rotary positions and grouped queries, no biases.
 
-model = build(config, layout, ctx, dtype=torch.float32)       # this rank's stage and shards; their values are not set
-megatron_convert.initialize(model, seed)  or  load(model, folder)
-ddp, optimizer = wrap(model, lr=2e-3)                         # gradients in buckets, an optimizer that knows the layout
+with layout.groups(ctx):
+    model = build(config, layout, ctx)           # this rank's stage and shards: memory, without values
+    megatron_convert.load(model, folder, ctx)    # or initialize(model, seed, ctx)
+    ddp, optimizer = wrap(model, ctx, lr=2e-3)   # gradients in buckets, and an optimizer that knows the layout
 """
 
 from __future__ import annotations

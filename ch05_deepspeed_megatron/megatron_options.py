@@ -10,6 +10,7 @@ import torch
 from ch01_intro import training
 from ch03_ddp import options as ddp_options
 from ch04_fsdp import options as fsdp_options
+from ch04_fsdp.activations import Layer
 from ch05_deepspeed_megatron.megatron_layout import Layout, add_layout_flags, checked
 from common import lm
 from common.dist import Context, read_launch
@@ -50,19 +51,43 @@ def parse(doc: str | None, argv: list[str] | None) -> tuple[argparse.Namespace, 
 
 
 def check_memory(args: argparse.Namespace, config: Any, layout: Layout, ctx: Context) -> None:
-    """Before anything is allocated. Activations come on top.
+    """Before anything is allocated.
 
     Raises:
-        UserError: what a rank holds between two steps does not fit: weights, float32 gradients, optimizer's state.
+        UserError: what a rank holds does not fit: weights, float32 gradients, optimizer's state; activations.
     """
-    replicas = layout.dp(ctx.world_size) if args.optimizer_states == "sharded" else 1
-    need = states(training.compute_dtype(args.dtype, ctx.device), replicas) * lm.parameter_count(config)
-    need *= (ctx.launch.local_world_size if ctx.device.type == "cpu" else 1) / (layout.tp * layout.pp)
-    what = f"{args.preset} over --tp {layout.tp} x --pp {layout.pp}"
-    fsdp_options.check_fits(need, ctx.device, ctx, what, "take more ranks a model or a smaller --preset")
+    dtype, dp = training.compute_dtype(args.dtype, ctx.device), layout.dp(ctx.world_size)
+    need = states(dtype, dp if args.optimizer_states == "sharded" else 1) * lm.parameter_count(config)
+    need /= layout.tp * layout.pp
+    micro_batches = args.global_batch // (dp * args.batch_size)
+    need += activations(config, layout, dtype, args.batch_size, args.seq_len, micro_batches)
+    need *= ctx.launch.local_world_size if ctx.device.type == "cpu" else 1
+    what = f"{args.preset} over --tp {layout.tp} x --pp {layout.pp} with --seq-len {args.seq_len}"
+    fsdp_options.check_fits(need, ctx.device, ctx, what, "take more ranks a model, or a smaller --preset or --seq-len")
 
 
 def states(dtype: torch.dtype, replicas: int) -> float:
     """Bytes a parameter of a rank's part: itself, a float32 gradient, two moments and, under bf16, a float32 copy, the
     last two shared out among the replicas."""
     return dtype.itemsize + 4 + (8 if dtype == torch.float32 else 12) / replicas
+
+
+def activations(config: Any, layout: Layout, dtype: torch.dtype, batch: int, length: int, micro_batches: int) -> float:
+    """Bytes that a rank keeps for backward, on the stage that keeps most: the first has as many micro-batches in flight
+    as there are stages (1F1B), the last has one, and the logits in `dtype` and in float32."""
+    layers = config.num_hidden_layers / layout.pp * activations_of_layer(config, layout, dtype, batch, length)
+    logits = batch * length * config.vocab_size / layout.tp * (dtype.itemsize + 4)
+    return max(layers * min(layout.pp, max(1, micro_batches)), layers + logits)
+
+
+def activations_of_layer(config: Any, layout: Layout, dtype: torch.dtype, batch: int, length: int) -> float:
+    """Of one micro-batch on one rank, in bytes: Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models" (arXiv:2205.05198), section 4, for a Llama: no dropout masks, a gated MLP, and the scores.
+
+    Megatron's local attention keeps those, [b, heads / tp, t, t]: what softmax returns in float32, and under bf16 once
+    more in 16 bits for the product with the values. Keys and values are repeated, to as many heads as queries have.
+    """
+    layer = Layer(config, batch * length, "fp32" if dtype == torch.float32 else "low", layout.tp)
+    scores = batch * length**2 * config.num_attention_heads / layout.tp * (4 if dtype == torch.float32 else 6)
+    between = 2 * layer.norm + 2 * layer.stream  # two norms, and what they put out
+    return between / (layout.tp if layout.sequence_parallel else 1) + 4 * layer.mixed + scores + 4 * layer.inner

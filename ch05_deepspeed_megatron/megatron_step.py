@@ -1,7 +1,8 @@
 """One training step by Megatron-Core: its pipeline schedule (1F1B), the right divisor, clipping.
 
-loss = backward(ddp, batch.micro_batches)
-norm = update(ddp, optimizer)
+ddp, optimizer = megatron_model.wrap(model, ctx, lr=2e-3)
+loss = backward(ddp, batch.micro_batches, batch.tokens)      # this rank's part of the mean loss
+norm = update(optimizer)                                     # of the whole model's gradients, before clipping
 """
 
 from __future__ import annotations

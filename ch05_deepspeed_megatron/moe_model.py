@@ -1,7 +1,8 @@
 """A Llama with mixture-of-experts layers: DeepSpeed's MoE in place of the MLP, its experts spread over the ranks.
 
-    model = build(config, spec := Experts(experts=8, ep_size=2, top_k=2), ctx.device, seed=0)
-    engine = initialize(model, optimizer(model, lr), settings, ctx)
+    spec = Experts(experts=8, ep_size=2, top_k=2)          # 8 experts a layer, over 2 ranks; a token goes to 2 of them
+    model = build(config, spec, ctx.device, seed=0)
+    engine = initialize(model, optimizer(model, lr), settings, ctx.launch, ctx.device)
 
 Who holds what on 4 ranks with ep_size 2 and 4 experts (E + D in DeepSpeed's words):
 

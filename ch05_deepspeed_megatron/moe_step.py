@@ -85,12 +85,8 @@ def clip_without_zero(engine: Any, max_norm: float) -> torch.Tensor:
         max_norm: 0: the gradients stay as they are.
     """
     norm = norm_without_zero(engine.module)
-    if not max_norm:
-        return norm
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(engine.module.parameters(), max_norm, norm)
     return norm
 
 

@@ -4,7 +4,9 @@
 
 DeepSpeed compiles an operator where it is first used (JIT), by torch's loader, into TORCH_EXTENSIONS_DIR, where the
 next run finds it. That loader marks a folder that is in work by a file; one left by a killed process makes all others
-wait for good. Here the kernel keeps the mark (flock), and takes it away when a process ends.
+wait for good. Here the kernel keeps the mark (flock), and takes it away when a process ends. And the compiler runs in
+a process tree of its own, which ends with its starter, in whatever way that ends: ninja by itself would go on, and the
+next one compile into the same files.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from typing import Any
 import torch
 
 from ch04_fsdp import zero_peers
-from common import exercises
+from common import exercises, process
 from common.logs import get_logger
 from common.script import UserError
 
 log = get_logger()
 ADAM, AIO = "CPUAdamBuilder", "AsyncIOBuilder"
+# In a process of its own; deepspeed finds by DS_ACCELERATOR what to compile for.
+COMPILE = "import sys, deepspeed.ops.op_builder as ops; getattr(ops, sys.argv[1])().load(verbose=False)"
 WHAT_FOR = {ADAM: "the optimizer on the CPU (DeepSpeedCPUAdam)", AIO: "offload to a disk (libaio)"}
 
 
@@ -77,13 +81,13 @@ def build(names: Iterable[str], device: torch.device, timeout_s: float = 600) ->
             mark.unlink(missing_ok=True)
         for name in names:
             builder = getattr(op_builder, name)()
-            if not (folder / builder.name).exists():
+            if not (folder / builder.name / f"{builder.name}.so").exists():
                 log.info(f"compiling {WHAT_FOR[name]}, once")
-            try:
-                builder.load(verbose=False)
-            except (RuntimeError, OSError) as error:
-                last = str(error).strip().splitlines()[-1][:200]
-                raise UserError(f"cannot compile {WHAT_FOR[name]} ({last}); see `make system-deps`") from None
+                done = process.run([sys.executable, "-c", COMPILE, name], timeout_s=timeout_s)
+                if done.returncode:
+                    why = done.reason(timeout_s)[:200]
+                    raise UserError(f"cannot compile {WHAT_FOR[name]} ({why}); see `make system-deps`")
+            builder.load(verbose=False)
 
 
 @contextlib.contextmanager

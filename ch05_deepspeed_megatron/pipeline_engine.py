@@ -86,9 +86,6 @@ def squared_norm(engine: Any) -> torch.Tensor:
 def clip(engine: Any, max_norm: float) -> torch.Tensor:
     """Scale all gradients by one factor, so that their norm over all stages is at most max_norm. Returns it before."""
     norm = squared_norm(engine).sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+    torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), max_norm, norm)
     engine._global_grad_norm = norm  # where get_global_grad_norm() looks
     return norm

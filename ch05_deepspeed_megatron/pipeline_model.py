@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -266,17 +265,10 @@ def sha256(module: Any) -> str:
 
     Two copies of a tied embedding that are not equal give another hash than the model has.
     """
-    grid, digest, tied = module.mpu(), hashlib.sha256(), hashlib.sha256()
-    for name, parameter in whole_parameters(module):
-        data = parameter.cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        digest.update(name.encode())
-        digest.update(data)
-        if name == "model.embed_tokens.weight":
-            tied.update(data)
-    if module.config.tie_word_embeddings and grid.stage_id == grid.pipe_parallel_size - 1 > 0:
-        copy = master(dict(named_parameters(module))["model.embed_tokens.weight"])
-        tied.update(copy.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    grid = module.mpu()
+    whole = weights.sha256_of(whole_parameters(module))
+    tied = named_parameters(module) if module.config.tie_word_embeddings else []
+    copy = weights.sha256_of((name, master(p)) for name, p in tied if name == "model.embed_tokens.weight")
     said: list[Any] = [None] * grid.pipe_parallel_size
-    dist.all_gather_object(said, (digest.hexdigest(), tied.hexdigest()), grid.get_pipe_parallel_group())
-    agree = not module.config.tie_word_embeddings or said[0][1] == said[-1][1]
-    return said[0][0] if agree else f"{said[0][0]}, but the head's copy of the embedding is another"
+    dist.all_gather_object(said, (whole, copy), grid.get_pipe_parallel_group())
+    return said[0][0] if said[0][1] == said[-1][1] else f"{said[0][0]}, but the head's copy of the embedding is another"

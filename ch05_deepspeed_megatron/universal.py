@@ -23,7 +23,7 @@ import torch
 from ch01_intro import training
 from ch03_ddp.survive import choose_device
 from ch04_fsdp import export
-from ch05_deepspeed_megatron import checkpoints, consolidate, engine, options, train_deepspeed, universal_format
+from ch05_deepspeed_megatron import checkpoints, engine, options, train_deepspeed, universal_format, zero_files
 from common import dist, lm, ranks, script
 from common.logs import Metrics
 
@@ -52,7 +52,7 @@ def hashes(checkpoint: Path) -> Hashes:
     return {
         f"{name} {state}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         for state in universal_format.STATES
-        for name, tensor in consolidate.stored_parameters(checkpoint / checkpoints.TAG, state)
+        for name, tensor in zero_files.parameters(checkpoint / checkpoints.TAG, state)
     }
 
 
@@ -112,11 +112,10 @@ def main(argv: list[str] | None = None) -> dict:
             raise script.UserError(f"--global-batch {args.global_batch} does not divide by {count} ranks; change one")
     choose_device(args, most)
     script.start(__file__, args)
-    preload = ["ch05_deepspeed_megatron.universal", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+    ranks.preload("ch05_deepspeed_megatron.universal", "transformers.models.llama.modeling_llama")
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        preload.append("deepspeed")  # which must not touch a GPU before the fork
-    ranks.forkserver.set_forkserver_preload(preload)
+        ranks.preload("deepspeed")  # which must not touch a GPU before the fork
     folder = Path(tempfile.mkdtemp(prefix="universal-"))
     try:
         return follow(Runs(folder, args), args)
@@ -138,7 +137,7 @@ def follow(runs: Runs, args: argparse.Namespace) -> dict:
         )  # fmt: skip
     trained = lm.load(str(out / "model"))
     exported = runs.folder / "exported"
-    tensors = consolidate.stored_parameters(out / "checkpoints" / f"step-{args.steps:08d}" / checkpoints.TAG)
+    tensors = zero_files.parameters(out / "checkpoints" / f"step-{args.steps:08d}" / checkpoints.TAG)
     export.write_folder(exported, trained.config, None, tensors)
     consolidated = lm.load(str(exported))
     tokens = torch.arange(args.seq_len)[None]

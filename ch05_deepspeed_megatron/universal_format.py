@@ -2,6 +2,7 @@
 
     convert(checkpoint / "engine", scratch / "engine", stage=3)
     ...engine.load_checkpoint(scratch, tag="engine")     # with "checkpoint": {"load_universal": true}
+    load_frozen(engine, checkpoint / "engine")
     mend(engine, hyperparameters)
 
 ds_to_universal cuts what the ranks have saved into one folder a parameter with its whole float32 weight and moments
@@ -20,17 +21,11 @@ from typing import Any
 
 import torch
 
+from ch05_deepspeed_megatron import zero_files
 from common.script import UserError
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # ds_to_universal knows Adam's
 OFFLOADED = "offloaded_tensors"  # the folder of an optimizer on NVMe, a copy of its swap files
-
-
-def stage_of(folder: Path) -> int:
-    """What the files of a checkpoint say: 3, 2 (also for 1: the same files), or 0: nothing is cut, all read all."""
-    if not any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        return 0
-    return 2 if (folder / "mp_rank_00_model_states.pt").exists() else 3
 
 
 def convert(folder: Path, universal: Path, stage: int) -> None:
@@ -43,7 +38,7 @@ def convert(folder: Path, universal: Path, stage: int) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    was = stage_of(folder)
+    was = zero_files.stage_of(folder)
     if 0 in (was, stage):
         raise UserError(f"{folder.parent} is of ZeRO stage {was}, this engine of {stage}; take the stage that saved it")
     if (folder / OFFLOADED).exists():
@@ -89,6 +84,20 @@ def _from_2_to_3(universal: Path) -> None:
 
 def _read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed pickles its own classes
+
+
+@torch.no_grad()
+def load_frozen(engine: Any, folder: Path) -> None:
+    """Fill the weights that no optimizer trains, which DeepSpeed's universal format has not. A collective."""
+    from deepspeed import zero
+
+    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return
+    for name, whole in zero_files.parameters(folder, "frozen"):
+        if name in frozen:  # the others are buffers
+            with zero.GatheredParameters([frozen[name]], modifier_rank=0):
+                frozen[name].copy_(whole)
 
 
 def hyperparameters(engine: Any) -> list[dict[str, Any]]:

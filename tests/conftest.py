@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ch06_vllm.servers import Server
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
 # Before anything imports the libraries that read them once. Child processes inherit them.
@@ -18,6 +24,19 @@ if os.environ.get("TEST_ON_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test` proves things on the CPU, also where there is a GPU
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a test run that was itself started by a launcher is one process, not a rank
+# One file for all workers of this run (pytest -n 2): they inherit the variable.
+LOCK = Path(os.environ.setdefault("TEST_RUN_LOCK", str(SCRATCH / "lock")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: it measures time; no other test runs meanwhile")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout's clock
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
 
 
 def pytest_unconfigure() -> None:
@@ -55,3 +74,41 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
     return monkeypatch
+
+
+@pytest.fixture(scope="session")
+def served_model() -> Path:
+    """The model folder that the servers below have: nano, random bf16 weights, a tokenizer with a chat template."""
+    from ch06_vllm.make_model import model_folder
+
+    return model_folder()
+
+
+def needs_vllm() -> None:
+    from common.exercises import missing_for
+
+    if lacking := missing_for("vllm"):
+        pytest.skip(f"needs {lacking}")
+
+
+@pytest.fixture(scope="session")
+def vllm_server(served_model: Path) -> Iterator[Server]:
+    """Real vLLM with one rank, started once for all tests. What they leave in its cache or counters, others see."""
+    from ch06_vllm.servers import Server
+
+    needs_vllm()
+    # Without the last, JSON may hold blanks without end, and random weights write them.
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options = {"kv-cache-memory-bytes": "512M", "structured-outputs-config": compact}
+    with Server(served_model, "vllm", options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def vllm_server_tp2(served_model: Path) -> Iterator[Server]:
+    """The same with two ranks, tensor parallel."""
+    from ch06_vllm.servers import Server
+
+    needs_vllm()
+    with Server(served_model, "vllm", {"kv-cache-memory-bytes": "256M", "tensor-parallel-size": 2}) as server:
+        yield server

@@ -9,7 +9,8 @@ import pytest
 
 from ch02_hardware_parallelism.harness import Case, check
 from ch05_deepspeed_megatron.strategies import Averaged, RaggedLlama, option
-from common import lm, process
+from common import lm
+from tests.spawn import fork_script
 
 CONFIGS = "ch05_deepspeed_megatron/configs"
 SHORT = [
@@ -19,12 +20,11 @@ SHORT = [
 
 
 def losses(script: str, out: Path, *flags: str) -> tuple[list[float], dict]:
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", script, *SHORT, "--out", str(out), *flags]
-    done = process.run(command, timeout_s=120)
+    done, _ = fork_script(script, 2, [*SHORT, "--out", out, "--run-dir", out / "run", *flags], timeout_s=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.result
+    assert done.value
     rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row], done.result
+    return [row["loss"] for row in rows if "loss" in row], done.value
 
 
 @pytest.fixture(scope="module")

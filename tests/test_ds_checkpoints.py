@@ -28,13 +28,15 @@ from ch05_deepspeed_megatron import (
     checkpoints,
     consolidate,
     engine,
+    ops,
     options,
     survive_zero,
     train_deepspeed,
     universal,
     universal_format,
+    zero_files,
 )
-from common import data, dist, lm, process, script
+from common import data, dist, exercises, lm, process, script
 from common.logs import Metrics
 from tests.spawn import run_ranks, values
 
@@ -42,6 +44,7 @@ LAUNCH = process.ROOT / "ch05_deepspeed_megatron/launch"
 HOSTFILE = LAUNCH / "hostfile"
 STEP = "step-00000002"
 SSHD = Path("/usr/sbin/sshd")
+FROZEN = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")  # in the jobs of that name
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,9 @@ class Trained:
         made_by = options.of_a_resume(args, self.corpus, ctx, settings)
         self.keeper = checkpoints.Keeper(out, made_by, ctx, keep=9)
         model = engine.build(args.preset, settings, ctx, seq_len=args.seq_len, dropout=args.dropout)
+        if out.name.endswith("frozen"):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = name not in FROZEN
         self.engine = engine.initialize(model, settings, ctx)
         script.seed_everything(ctx.rank)
 
@@ -96,6 +102,13 @@ class Trained:
         self.keeper.save(step, self.engine, self.position)
 
     def load(self, path: Path) -> int:
+        """What is frozen is in every job of a seed what it was: here it is 0 before the load."""
+        from deepspeed import zero
+
+        frozen = [parameter for parameter in self.engine.module.parameters() if not parameter.requires_grad]
+        with zero.GatheredParameters(frozen, modifier_rank=0), torch.no_grad():
+            for parameter in frozen:
+                parameter.zero_()
         step, self.position = self.keeper.load(path, self.engine)
         return step
 
@@ -162,7 +175,14 @@ def go_on(jobs: list[Job], sources: list[Path]) -> list[dict[str, Any]]:
     return found
 
 
-SAVED = [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (3, "fp16")]
+SAVED = [
+    (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (3, "fp16"), (1, "frozen"),
+    (2, "frozen"), (3, "frozen"),
+]  # fmt: skip
+
+
+def type_of(name: str) -> str:
+    return "fp32" if name == "frozen" else name
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +190,10 @@ def saved(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """Checkpoints of 2 ranks, by stage and type, and what training and resuming was like."""
     folder = tmp_path_factory.mktemp("saved")
     jobs = [
-        (flags_of(tiny, stage, dtype, "--dropout", "0.0" if dtype == "fp32" else "0.1"), folder / f"{stage}-{dtype}")
+        (
+            flags_of(tiny, stage, type_of(dtype), "--dropout", "0.1" if dtype.endswith("16") else "0.0"),
+            folder / f"{stage}-{dtype}",
+        )
         for stage, dtype in SAVED
     ]
     first, second = values(run_ranks(save_and_resume, 2, jobs, timeout_s=150))
@@ -185,7 +208,7 @@ def test_a_resume_is_exact(saved: tuple[Path, dict[str, dict]]) -> None:
         for what, value in told["resumed"].items():
             assert value == told["alone"][what], (name, what)
         dtype = name.split("-")[1]
-        assert told["alone"]["dtype"] == str(training.DTYPES[dtype])
+        assert told["alone"]["dtype"] == str(training.DTYPES[type_of(dtype)])
         assert told["alone"]["optimizer"]["loss_scale"] == (65536 if dtype == "fp16" else 1)
         assert len(set(told["alone"]["losses"])) == 4
         assert not list((folder / name).glob(".*")), "nothing half-written is left"
@@ -194,18 +217,18 @@ def test_a_resume_is_exact(saved: tuple[Path, dict[str, dict]]) -> None:
 def test_other_ranks_and_stages(saved: tuple[Path, dict[str, dict]], tiny: list[str], tmp_path: Path) -> None:
     """Saved by 2 ranks, read by 3, which cut each parameter elsewhere: the same bits, and the same training."""
     folder, found = saved
-    ways = [(3, 3), (3, 1), (1, 3), (2, 2)]
-    jobs = [(flags_of(tiny, stage, "fp32"), tmp_path / f"{was}-{stage}") for was, stage in ways]
-    sources = [folder / f"{was}-fp32" / STEP for was, _ in ways]
+    ways = [(3, 3, "fp32"), (3, 1, "fp32"), (1, 3, "fp32"), (2, 2, "fp32"), (3, 2, "frozen"), (1, 3, "frozen")]
+    jobs = [(flags_of(tiny, stage, "fp32"), tmp_path / f"{was}-{stage}-{kind}") for was, stage, kind in ways]
+    sources = [folder / f"{was}-{kind}" / STEP for was, _, kind in ways]
     told = values(run_ranks(go_on, 3, jobs, sources, timeout_s=120))[0]
-    for (was, stage), now in zip(ways, told, strict=True):
-        source, alone = folder / f"{was}-fp32", found[f"{was}-fp32"]["alone"]
+    for (was, stage, kind), (_, out), now in zip(ways, jobs, told, strict=True):
+        source, alone = folder / f"{was}-{kind}", found[f"{was}-{kind}"]["alone"]
         before = universal.hashes(source / STEP)
-        assert len(before) == 3 * 20
-        assert universal.hashes(tmp_path / f"{was}-{stage}" / STEP) == before, (was, stage)
+        assert len(before) == 3 * 20 - 2 * len(FROZEN) * (kind == "frozen")
+        assert universal.hashes(out / STEP) == before, (was, stage, kind)
         assert set(now["optimizer"].pop("steps")) == set(alone["optimizer"]["steps"])
         assert now["optimizer"] == {name: value for name, value in alone["optimizer"].items() if name != "steps"}
-        assert now["losses"] == pytest.approx(alone["losses"][2:], abs=2e-6), (was, stage)
+        assert now["losses"] == pytest.approx(alone["losses"][2:], abs=2e-6), (was, stage, kind)
         assert not list(source.glob(".*")), "the universal copy is gone"
 
 
@@ -220,11 +243,31 @@ def test_what_cannot_be_made_universal(saved: tuple[Path, dict[str, dict]], tmp_
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- kills, preemption, spoilt checkpoints
-
-
 def train(flags: list[str]) -> dict:
     return train_deepspeed.main(flags)
+
+
+@pytest.mark.timeout(900)  # DeepSpeed's operators are compiled where they are not yet: minutes
+@pytest.mark.skipif(bool(exercises.missing_for("aio")), reason=f"needs {exercises.missing_for('aio')}")
+def test_a_resume_from_a_disk_is_exact(tiny: list[str], tmp_path: Path) -> None:
+    """ZeRO-Infinity: the optimizer's state goes from its swap files to the checkpoint, and into those of another job."""
+    ops.build([ops.ADAM, ops.AIO], torch.device("cpu"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = options.CONFIGS / "zero3_nvme.json"
+    flags = [*tiny, "--preset", "nano", "--deepspeed-config", str(config), "--nvme-dir", str(disk), "--dtype", "fp32",
+             "--steps", "4", "--global-batch", "2", "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    first = values(run_ranks(train, 2, [*flags, "--out", str(whole), "--save-every", "2"], timeout_s=120))[0]
+    source = whole / "checkpoints" / STEP
+    assert list((source / checkpoints.TAG / universal_format.OFFLOADED).rglob("*.swp"))
+    second = values(run_ranks(train, 2, [*flags, "--out", str(again), "--resume", str(source)], timeout_s=120))[0]
+    assert second["resumed_at_step"] == 2
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    assert second["weights_sha256"] == first["weights_sha256"]
+
+
+# ---------------------------------------------------------------- kills, preemption, spoilt checkpoints
 
 
 def killed_in_its_second_save(flags: list[str]) -> None:
@@ -322,7 +365,7 @@ def test_consolidated_is_what_was_trained(saved: tuple[Path, dict[str, dict]], t
 
     folder, found = saved
     logits = []
-    for name in ("1-fp32", "2-fp32", "3-fp32", "3-bf16"):
+    for name in ("1-fp32", "2-fp32", "3-fp32", "3-bf16", "1-frozen", "2-frozen", "3-frozen"):
         out = tmp_path / name
         told = consolidate.main(
             [str(folder / name / STEP), str(out), "--file-mib", "0.2", "--run-dir", str(tmp_path / "run")]
@@ -346,7 +389,7 @@ def test_consolidated_is_what_deepspeed_consolidates(saved: tuple[Path, dict[str
     for name in ("2-bf16", "3-fp16"):
         source = saved[0] / name / STEP
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(source), checkpoints.TAG)
-        ours = dict(consolidate.stored_parameters(source / checkpoints.TAG, keep_open_bytes=1))
+        ours = dict(zero_files.parameters(source / checkpoints.TAG, keep_open_bytes=1))
         assert set(theirs) - set(ours) == {"lm_head.weight"}
         assert all(torch.equal(theirs[key], value) for key, value in ours.items())
 

@@ -50,6 +50,8 @@ BAD: list[tuple[str, Any, str]] = [  # a key's dotted name, its value, what the 
     ("zero_optimization", 7, "zero_optimization is 7; it is a section"),
     ("zero_optimization", {"stage": 3, "mics_shard_size": 2}, "has been removed"),
     ("optimizer.type", "AdamX", "no value 'AdamX' in optimizer.type; did you mean 'Adam"),
+    ("optimizer.type", "OneBitAdam", "no value 'OneBitAdam' in optimizer.type"),
+    ("optimizer.type", "sgd", "no value 'sgd' in optimizer.type"),
     ("optimizer.params.weight_decy", 0.1, "in optimizer.params; did you mean 'weight_decay'"),
     ("optimizer.params.betas", [0.9], "optimizer.params: "),
     ("optimizer.params.lr", -1, "optimizer.params: Invalid learning rate: -1"),
@@ -82,6 +84,30 @@ def known(**more: Any) -> dict[str, Any]:
 
 def test_what_is_right_passes() -> None:
     ds_check.check(GOOD, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "offload", "wrong"),
+    [
+        ("AdamW", {"lr": 1e-3, "bias_correction": True, "set_grad_none": True}, "none", {"fused": True}),
+        ("Adam", {"bias_correction": False, "adam_w_mode": False, "torch_adam": False}, "none", {"foreach": True}),
+        ("AdamW", {"bias_correction": True, "fp32_optimizer_states": True}, "cpu", {"set_grad_none": True}),
+        ("AdamW", {"torch_adam": True, "foreach": True, "amsgrad": True}, "cpu", {"bias_correction": True}),
+        ("Lamb", {"max_coeff": 10.0, "min_coeff": 0.01}, "none", {"torch_adam": True}),
+        ("Lion", {"betas": [0.9, 0.99]}, "none", {"eps": 1e-8}),
+        ("SGD", {"momentum": 0.9}, "none", {"betas": [0.9, 0.95]}),
+    ],
+)
+def test_an_optimizer_takes_what_the_one_that_deepspeed_makes_takes(
+    kind: str, params: dict, offload: str, wrong: dict
+) -> None:
+    settings = copy.deepcopy(GOOD)
+    settings["zero_optimization"]["offload_optimizer"]["device"] = offload
+    settings["optimizer"] = {"type": kind, "params": params}
+    ds_check.check(settings, ranks=2)
+    settings["optimizer"]["params"] = params | wrong
+    with pytest.raises(UserError, match=f"no key '{next(iter(wrong))}' in optimizer.params"):
+        ds_check.check(settings, ranks=2)
 
 
 @pytest.mark.parametrize(("name", "value", "words"), BAD, ids=[f"{name}={value}" for name, value, _ in BAD])

@@ -7,11 +7,18 @@ import dataclasses
 import errno
 import fcntl
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from ch01_intro import training
 from ch04_fsdp import activations, resident, short_run, zero_peers
@@ -29,7 +36,7 @@ from ch05_deepspeed_megatron import (
     stages,
 )
 from ch05_deepspeed_megatron.offload_run import Job
-from common import dist, exercises, lm
+from common import dist, exercises, lm, process
 from common.script import UserError
 from tests.spawn import run_ranks, values
 
@@ -146,6 +153,7 @@ def test_compiling_waits_for_nobody_for_good(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "lock").touch()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()  # compiled already
     seen = []
 
     class Builder:
@@ -165,6 +173,49 @@ def test_compiling_waits_for_nobody_for_good(tmp_path: Path, monkeypatch: pytest
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process has been compiling"):
             ops.build([ops.ADAM], CPU, timeout_s=0.2)
+
+
+@needs_aio
+def test_what_stands_compiled_is_taken_as_it_is_unless_it_is_of_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """ninja would compile it anew in each environment."""
+    ops.build([ops.ADAM], CPU)
+    from deepspeed.ops.op_builder import CPUAdamBuilder, builder
+
+    shutil.copytree(Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam", tmp_path / "cpu_adam")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder.OpBuilder, "_loaded_ops", {})
+
+    def compiler(**_: Any) -> None:
+        raise RuntimeError("compiles")
+
+    monkeypatch.setattr(cpp_extension, "load", compiler)
+    assert CPUAdamBuilder().load().create_adam
+    builder.OpBuilder._loaded_ops.clear()
+    (tmp_path / "cpu_adam" / "complete").write_text("another torch")
+    with pytest.raises(RuntimeError, match="compiles"):
+        CPUAdamBuilder().load()
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs g++")
+def test_a_compiler_ends_with_its_starter(tmp_path: Path):
+    """By SIGKILL. This one says who it is and never comes to an end."""
+    compiler, started = tmp_path / "c++", tmp_path / "started"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo $$ >> {started}; exec sleep 600;; esac\nexec {shutil.which("c++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    code = "import torch\nfrom ch05_deepspeed_megatron import ops\nops.build([ops.ADAM], torch.device('cpu'))"
+    env = os.environ | {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=process.ROOT, env=env, stderr=subprocess.DEVNULL)
+    while not (started.exists() and started.read_text().endswith("\n")):
+        assert starter.poll() is None
+        time.sleep(0.05)
+    at_work = [psutil.Process(int(pid)) for pid in started.read_text().split()]
+    starter.kill()
+    starter.wait()
+    assert not psutil.wait_procs(at_work, timeout=30)[1]
 
 
 def test_a_job_takes_its_own_folder_away_and_no_other(tmp_path: Path):

@@ -22,13 +22,14 @@ from ch04_fsdp import weights, zero_peers
 from ch05_deepspeed_megatron import (
     parity,
     pipeline_bubble,
+    pipeline_checkpoints,
     pipeline_engine,
     pipeline_model,
     pipeline_options,
     train_pipeline,
 )
 from ch05_deepspeed_megatron.pipeline_strategies import OPTIONS, PLANTED
-from common import dist, lm
+from common import dist, lm, script
 from common.script import UserError
 from tests.spawn import run_ranks, values
 
@@ -57,64 +58,116 @@ def ragged() -> list[Batch]:
 # ---------------------------------------------------------------- two stages beside one process
 
 
-def beside_one_process(folder: Path) -> dict[str, Any]:
-    """On each rank: a clipped step of SGD with DeepSpeed's norm and with ours, and of ZeRO 1, beside one process's."""
-    found: dict[str, Any] = {}
+def two_stages(folder: Path) -> dict[str, Any]:
+    """On each rank, in one session, as that costs seconds."""
     with dist.session("cpu") as ctx:
         zero_peers.join(ctx.launch, ctx.device)
-        batches = ragged()
-        tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
-        for kind in ("tied", "untied", "zero-1", "bf16", "deepspeed"):
-            config = tiny_config(tied=kind != "untied")
-            whole = lm.build(config)
-            weights.initialize(whole, 3)
-            module = pipeline_model.build(config, 2, "parameters")
-            if kind == "untied" and ctx.is_main:
-                whole.save_pretrained(folder)
-            ctx.barrier("saved")
-            if kind == "untied":
-                pipeline_model.load(module, folder)
-            else:
-                pipeline_model.initialize(module, 3)
-            same_weights = pipeline_model.sha256(module) == lm.weights_sha256(whole)
+        return beside_one_process(folder / "model", ctx) | {"resume": resumed_in_bf16(folder / "saved", ctx)}
 
-            start = {name: p.detach().clone() for name, p in whole.named_parameters()}
-            want = sum((ddp_step.loss_sum(whole, *batch) / tokens for batch in batches), torch.zeros(()))
-            want.backward()
-            norm = nn.utils.clip_grad_norm_(whole.parameters(), MAX_NORM)
-            torch.optim.SGD(whole.parameters(), lr=LR).step()
 
-            settings = {
-                "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES,
-                "gradient_clipping": MAX_NORM, "zero_allow_untested_optimizer": True, "steps_per_print": None,
-                "zero_optimization": {"stage": int(kind in ("zero-1", "bf16")), "reduce_bucket_size": 100_000},
-                "bf16": {"enabled": kind == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"},
-            }  # fmt: skip
-            engine = pipeline_engine.initialize(module, torch.optim.SGD(module.parameters(), lr=LR), settings)
-            if kind == "deepspeed":
-                del engine.clip_fp32_gradients  # the class's own again
-            evaluated = pipeline_engine.evaluate(engine, batches, tokens)
-            loss = pipeline_engine.step(engine, batches, tokens)
-            after = dict(whole.named_parameters())
-            found[kind] = {
-                "same_weights": same_weights,
-                "parts": list(module.parts) == pipeline_model.split(config, 2, "parameters"),
-                "loss": (float(loss), evaluated, float(want)),
-                "norm": (float(engine.get_global_grad_norm() or 0), float(norm)),
-                "apart": max(
-                    float((pipeline_model.master(p) - after[name]).abs().max())
-                    for name, p in pipeline_model.named_parameters(module)
-                ),
-                "step": max(float((p - start[name]).abs().max()) for name, p in after.items()),
-                "names": sorted(name for name, _ in pipeline_model.whole_parameters(module)),
-            }
-            engine.destroy()
+def resumed_in_bf16(folder: Path, ctx: dist.Context) -> dict[str, dict[str, Any]]:
+    """AdamW with dropout: two steps, a save, two more; and again from the save on, by an engine of other weights."""
+    config, batches = tiny_config(tied=True), ragged()
+    config.attention_dropout = 0.1
+    tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES, "gradient_clipping": MAX_NORM,
+        "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }  # fmt: skip
+    keeper = pipeline_checkpoints.Keeper(folder, {}, ctx, keep=1)
+
+    def engine_of(seed: int) -> Any:
+        module = pipeline_model.build(config, 2, "parameters").train()
+        pipeline_model.initialize(module, seed)
+        script.seed_everything(seed + ctx.rank)
+        return pipeline_engine.initialize(module, torch.optim.AdamW(module.parameters(), lr=1e-2), settings)
+
+    def two_steps(engine: Any) -> dict[str, Any]:
+        losses = [float(pipeline_engine.step(engine, batches, tokens)) for _ in range(2)]
+        return {"losses": losses, "sha256": pipeline_model.sha256(engine.module)}
+
+    alone = engine_of(3)
+    before = two_steps(alone)
+    keeper.save(2, alone, 0)
+    found = {"before": before, "alone": two_steps(alone)}
+    alone.destroy()
+    again, path = engine_of(4), folder / "step-00000002"
+    assert keeper.load(path, keeper.check(path), again) == (2, 0)
+    found["loaded"] = {"sha256": pipeline_model.sha256(again.module)}
+    found["again"] = two_steps(again)
+    again.destroy()
     return found
 
 
-def test_two_stages_take_the_step_of_one_process(tmp_path: Path) -> None:
-    ranks = values(run_ranks(beside_one_process, 2, tmp_path / "model", timeout_s=120))
-    for found in ranks:
+def beside_one_process(folder: Path, ctx: dist.Context) -> dict[str, Any]:
+    """A clipped step of SGD with DeepSpeed's norm and with ours, and of ZeRO 1, beside one process's."""
+    found: dict[str, Any] = {}
+    batches = ragged()
+    tokens = sum(int((targets != IGNORE).sum()) for _, targets in batches)
+    for kind in ("tied", "untied", "zero-1", "bf16", "deepspeed"):
+        config = tiny_config(tied=kind != "untied")
+        whole = lm.build(config)
+        weights.initialize(whole, 3)
+        module = pipeline_model.build(config, 2, "parameters")
+        if kind == "untied" and ctx.is_main:
+            whole.save_pretrained(folder)
+        ctx.barrier("saved")
+        if kind == "untied":
+            pipeline_model.load(module, folder)
+        else:
+            pipeline_model.initialize(module, 3)
+        same_weights = pipeline_model.sha256(module) == lm.weights_sha256(whole)
+
+        start = {name: p.detach().clone() for name, p in whole.named_parameters()}
+        want = sum((ddp_step.loss_sum(whole, *batch) / tokens for batch in batches), torch.zeros(()))
+        want.backward()
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), MAX_NORM)
+        torch.optim.SGD(whole.parameters(), lr=LR).step()
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": MAX_NORM, "zero_allow_untested_optimizer": True, "steps_per_print": None,
+            "zero_optimization": {"stage": int(kind in ("zero-1", "bf16")), "reduce_bucket_size": 100_000},
+            "bf16": {"enabled": kind == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"},
+        }  # fmt: skip
+        engine = pipeline_engine.initialize(module, torch.optim.SGD(module.parameters(), lr=LR), settings)
+        if kind == "deepspeed":
+            del engine.clip_fp32_gradients  # the class's own again
+        evaluated = pipeline_engine.evaluate(engine, batches, tokens)
+        loss = pipeline_engine.step(engine, batches, tokens)
+        after = dict(whole.named_parameters())
+        found[kind] = {
+            "same_weights": same_weights,
+            "parts": list(module.parts) == pipeline_model.split(config, 2, "parameters"),
+            "loss": (float(loss), evaluated, float(want)),
+            "norm": (float(engine.get_global_grad_norm() or 0), float(norm)),
+            "apart": max(
+                float((pipeline_model.master(p) - after[name]).abs().max())
+                for name, p in pipeline_model.named_parameters(module)
+            ),
+            "step": max(float((p - start[name]).abs().max()) for name, p in after.items()),
+            "names": sorted(name for name, _ in pipeline_model.whole_parameters(module)),
+        }
+        engine.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return values(run_ranks(two_stages, 2, tmp_path_factory.mktemp("two"), timeout_s=120))
+
+
+def test_a_resume_in_bf16_is_exact(both: list[dict[str, Any]]) -> None:
+    """Of the float32 copies of the weights and their moments, which lie apart from the bf16 weights, and of dropout."""
+    for told in (found["resume"] for found in both):
+        assert told["loaded"]["sha256"] == told["before"]["sha256"]
+        assert told["again"] == told["alone"]
+        assert len({*told["before"]["losses"], *told["alone"]["losses"]}) == 4
+
+
+def test_two_stages_take_the_step_of_one_process(both: list[dict[str, Any]]) -> None:
+    for found in both:
         for kind in ("tied", "untied", "zero-1"):
             said = found[kind]
             assert said["same_weights"], kind
@@ -133,7 +186,7 @@ def test_two_stages_take_the_step_of_one_process(tmp_path: Path) -> None:
         assert found["deepspeed"]["loss"][0] == pytest.approx(found["deepspeed"]["loss"][2], rel=1e-5)
         assert found["deepspeed"]["apart"] > 1e-4
     # The first stage has all names; the others have what they hold.
-    first, last = ranks[0]["untied"]["names"], ranks[1]["untied"]["names"]
+    first, last = (found["untied"]["names"] for found in both)
     assert first == sorted(name for name, _ in lm.build(tiny_config(tied=False), "meta").named_parameters())
     assert set(last) < set(first)
     assert "lm_head.weight" in last

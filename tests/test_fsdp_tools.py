@@ -25,7 +25,7 @@ from ch04_fsdp.sharding import Sharding, shard
 from ch04_fsdp.traffic import Collective, Traffic, expected, rows_of, unit_parameters
 from common import dist, lm, process, script
 from common.process import ROOT
-from tests.spawn import rank_environment, run_ranks, torchrun, values
+from tests.spawn import fork_script, rank_environment, run_ranks, values
 
 NO_NETWORKS, NO_SLURM = virtual_cluster.why_not(), slurm_cluster.why_not()
 NANO = 3_737_856  # parameters
@@ -212,8 +212,8 @@ def test_the_line_of_memory_is_true() -> None:
 
 def test_strategies_side_by_side(tmp_path: Path) -> None:
     flags = ["--strategies", "full,grad,replicate", "--recompute", "none,block", "--rounds", "1", "--steps", "1"]
-    done = torchrun("ch04_fsdp/compare_strategies.py", 2, [*flags, "--run-dir", str(tmp_path)], timeout_s=100)
-    result = done.result
+    done, _ = fork_script("ch04_fsdp/compare_strategies.py", 2, [*flags, "--run-dir", tmp_path], timeout_s=100)
+    result = done.value
     assert result, done.stderr
     assert result["largest_loss_difference"] < 1e-5
     assert result["loss_drop"] > 0.1, "the gradients are used"

@@ -16,12 +16,15 @@ import torch
 import transformers
 
 from ch02_hardware_parallelism import harness
+from ch02_hardware_parallelism.comm import Comm
 from ch02_hardware_parallelism.harness import Case
 from ch05_deepspeed_megatron import (
     megatron_convert,
     megatron_mapping,
+    megatron_model,
     megatron_options,
     megatron_parity,
+    megatron_step,
     train_megatron,
 )
 from ch05_deepspeed_megatron.megatron_checkpoints import Keeper
@@ -100,9 +103,69 @@ def test_merged_matrices_come_apart_again() -> None:
     assert all(torch.equal(*pair) for pair in zip(rule.split(joined), (q, k, v), strict=True))
 
 
-def several(what: dict[str, tuple[str, list[str]]], gradients: list[tuple[list[str], list[Case]]]) -> dict[str, Any]:
-    """On each rank: scripts one after another, then a comparison of gradients. One spawn: Megatron takes seconds to
-    import."""
+def clipped(name: str, ctx: dist.Context) -> dict[str, float]:
+    """A step of SGD with gradients scaled to a tenth of their norm, by Megatron-Core and by one process."""
+    problem, case = RaggedLlama(), Case(ctx.world_size, 4, "float32", tied=True, uneven=True, by_hand=False)
+    micro_batches = next(problem.steps(case))
+    whole = problem.build(case)
+    start = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    inputs, targets = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
+    (problem.loss_sum(whole, inputs, targets) / problem.token_count(micro_batches)).backward()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in whole.parameters())
+    torch.nn.utils.clip_grads_with_norm_(whole.parameters(), float(norm) / 10, norm)
+    problem.make_optimizer(whole.parameters()).step()
+    wanted = {name: p.detach() for name, p in whole.named_parameters()}
+
+    clips = type("Clips", (option(name),), {"clip": float(norm) / 10})
+    strategy = clips(problem.build(case), Comm(by_hand=False), problem.make_optimizer)
+    strategy.backward(micro_batches)
+    found = {"norm": megatron_step.update(strategy.optimizer), "wanted": float(norm)}
+    found["apart"] = max(float((value - wanted[name]).abs().max()) for name, value in strategy.weights().items())
+    found["step"] = max(float((value - start[name]).abs().max()) for name, value in wanted.items())
+    strategy.close()
+    return found
+
+
+def decayed(distributed_optimizer: bool, ctx: dist.Context) -> dict[str, float]:
+    """By what a step without gradients multiplies each parameter of this rank: by weight decay alone."""
+    layout = Layout(tp=2, sequence_parallel=True)
+    with layout.groups(ctx):
+        model = megatron_model.build(llama(), layout, ctx)
+        megatron_convert.initialize(model, 0, ctx)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        ddp, optimizer = megatron_model.wrap(model, ctx, lr=0.1, distributed_optimizer=distributed_optimizer)
+        ddp.zero_grad_buffer()
+        megatron_step.update(optimizer)
+        return {name: float((p.detach() / before[name]).mean()) for name, p in model.named_parameters()}
+
+
+def kept(dtype: torch.dtype, ctx: dist.Context) -> tuple[float, float]:
+    """Bytes that a forward pass keeps for backward, besides parameters; and by formula."""
+    layout, config = Layout(tp=2, sequence_parallel=True), llama(max_position_embeddings=256)
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept: a place may be used again
+        return tensor
+
+    with layout.groups(ctx):
+        model = megatron_model.build(config, layout, ctx, dtype=dtype)
+        megatron_convert.initialize(model, 0, ctx)
+        tokens = torch.randint(64, (2, 256))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = megatron_step.forward(model, tokens, tokens)
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage().data_ptr(), None)
+        assert loss.requires_grad
+        found = sum(storage.nbytes() for storage in storages.values())
+        return found, megatron_options.activations(config, layout, dtype, 2, 256, 1)
+
+
+def several(
+    what: dict[str, tuple[str, list[str]]], gradients: list[tuple[list[str], list[Case]]], clip: str, alone: bool
+) -> dict[str, Any]:
+    """On each rank: scripts one after another, then single steps beside one process's. One spawn: Megatron takes
+    seconds to import."""
     scripts = {"convert": megatron_convert.main, "train": train_megatron.main}
     done = {name: scripts[which](flags) for name, (which, flags) in what.items()}
     with dist.session("cpu", timeout_s=60, threads=1) as ctx:
@@ -111,6 +174,9 @@ def several(what: dict[str, tuple[str, list[str]]], gradients: list[tuple[list[s
             for names, cases in gradients
             for outcome in harness.check_here([option(name) for name in names], cases, RaggedLlama(), ctx)
         ]
+        done["clipped"] = clipped(clip, ctx)
+        done["kept"] = [kept(dtype, ctx) for dtype in (torch.float32, torch.bfloat16) if alone]
+        done["decayed"] = [decayed(distributed, ctx) for distributed in (False, True) if alone]
     return done
 
 
@@ -135,7 +201,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     }
     case = Case(4, 4, "float32", tied=True, frozen=True, uneven=True, by_hand=False)
     gradients = [(["tp2+pp2", "tp2+sp+zero1"], [case])]
-    return folder, ranks.values(ranks.run_ranks(several, 4, what, gradients, timeout_s=150))[0]
+    ended = ranks.run_ranks(several, 4, what, gradients, "tp2+pp2+sp+zero1", False, timeout_s=150)
+    return folder, ranks.values(ended)[0]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +218,7 @@ def two(four: tuple[Path, Any]) -> tuple[Path, dict[str, Any]]:
         for accumulation, tied, frozen in ((4, True, False), (1, False, True))
     ]
     gradients = [(SOUND, cases), (list(PLANTED), cases[:1])]
-    return folder, ranks.values(ranks.run_ranks(several, 2, what, gradients, timeout_s=150))[0]
+    return folder, ranks.values(ranks.run_ranks(several, 2, what, gradients, "dp+zero1", True, timeout_s=150))[0]
 
 
 @pytest.mark.parametrize(("ran", "name", "most"), [("four", "copy", 0.36), ("two", "untied", 0.53)])
@@ -174,6 +241,25 @@ def test_gradients_are_those_of_one_process(four: tuple[Path, Any], two: tuple[P
     outcomes = [o for _, done in (four, two) for o in done["gradients"] if o.strategy not in FAULTS]
     assert len(outcomes) == 2 + 2 * len(SOUND)
     assert all(outcome.ok for outcome in outcomes), [(o.strategy, o.case, o.diagnosis()) for o in outcomes if not o.ok]
+
+
+def test_a_clipped_step_is_that_of_one_process(four: tuple[Path, Any], two: tuple[Path, Any]) -> None:
+    for told in (done["clipped"] for _, done in (four, two)):
+        assert told["norm"] == pytest.approx(told["wanted"], rel=1e-5)
+        assert told["apart"] < 1e-3 * told["step"], told
+
+
+def test_norms_do_not_decay(two: tuple[Path, Any]) -> None:
+    for factors in two[1]["decayed"]:
+        assert {name for name, factor in factors.items() if factor == 1} == {
+            name for name in factors if "layernorm" in name
+        }
+        assert {round(factor, 4) for factor in factors.values()} == {1, 0.99}  # 1 - lr x weight decay
+
+
+def test_activations_are_as_predicted(two: tuple[Path, Any]) -> None:
+    for found, predicted in two[1]["kept"]:
+        assert found == pytest.approx(predicted, rel=0.1)
 
 
 def test_planted_faults_are_named(two: tuple[Path, Any]) -> None:
@@ -249,6 +335,7 @@ def test_reference_layouts_fit_their_model_and_nodes(
     assert layout.tp <= gpus, "tensor parallelism stays inside a node"
     shard = lm.parameter_count(config) / (layout.tp * layout.pp)
     held = shard * megatron_options.states(torch.bfloat16, layout.dp(nodes * gpus))
+    held += megatron_options.activations(config, layout, torch.bfloat16, args.batch_size, args.seq_len, 16)
     assert held < 60 * 2**30, "of an 80 GiB card"
     assert args.global_batch % layout.dp(nodes * gpus) == 0
 

@@ -1,6 +1,7 @@
 """Llama and Qwen3 for inference: fused projections, a paged cache, tensor parallel. Weights from a Hugging Face folder.
 
-Tensors carry their shape: t tokens of a step, h heads, k heads of keys, d head_dim, e hidden size, f MLP size, v vocabulary.
+Tensors carry their shape: t tokens of a step, h heads, k heads of keys, d head_dim, e hidden size, f MLP size, v size
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -42,11 +43,8 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.packed = None
-        if (
-            weight.dtype == torch.bfloat16
-            and weight.device.type == "cpu"
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
             self.weight = None
 
@@ -108,7 +106,7 @@ class Model:
             (window >= self.max_len, f"attends to {window} tokens back, this engine to all; lower max_model_len to it"),
             (
                 self.max_len <= config.max_position_embeddings,
-                f"was made for {config.max_position_embeddings} tokens; max_model_len {self.max_len} is above, lower it",
+                f"was made for {config.max_position_embeddings} tokens; lower max_model_len {self.max_len}",
             ),
         ):
             if not fine:

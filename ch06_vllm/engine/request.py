@@ -145,6 +145,7 @@ class Request:
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.num_cached = 0  # of the prompt, found there at the first admission
         self.num_preemptions = 0
+        self.scheduled_s = 0.0  # when it first left the queue, by time.perf_counter
         self.hashes: list[bytes] = []  # of its full blocks, as far as they were asked for
 
     @property

@@ -1,10 +1,10 @@
 """Continuous batching: at every step, which requests compute how many tokens.
 
 There is no prefill phase and no decode phase: a request has tokens, and some of them are computed. A step hands out a
-budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt takes
-as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When blocks run
-out, the running request that is served last gives its own up and waits again; its tokens are kept and their keys and
-values recomputed (preemption by recompute).
+budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt
+takes as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When
+blocks run out, the running request that is served last gives its own up and waits again; its tokens are kept and their
+keys and values recomputed (preemption by recompute).
 
 Yu et al. 2022, "Orca" (iteration-level scheduling); Agrawal et al. 2023, "SARATHI" (chunked prefill).
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from dataclasses import dataclass
 
 from ch06_vllm.engine.block_pool import BlockPool, block_hash
@@ -81,7 +82,7 @@ class Scheduler:
                 self._give_up_blocks(request)
                 break
             if request.num_preemptions == 0:
-                request.num_cached = cached
+                request.num_cached, request.scheduled_s = cached, time.perf_counter()
                 self.prefix_queries += request.num_prompt
                 self.prefix_hits += cached
             del self.waiting[0]

