@@ -240,7 +240,7 @@ def test_every_schedule_gives_the_tokens_of_generate(
     @settings(max_examples=500, deadline=None)
     @given(SCHEDULES)
     def run(schedule: Schedule) -> None:
-        monkeypatch.setattr(paged_attention, "compiled", with_c_loop if schedule.compiled else lambda dtype: None)
+        monkeypatch.setattr(paged_attention, "compiled", with_c_loop if schedule.compiled else lambda *_: None)
         reference = references[schedule.model]
         drive = Drive(Engine(schedule.config(reference.folder), torch.device("cpu")), seen)
         wanted = {}
@@ -475,6 +475,21 @@ def test_a_stop_text_ends_the_output_wherever_it_lies(references: dict[str, Refe
     assert across > 10
 
 
+def test_a_text_is_one_prompt_and_one_stop(references: dict[str, Reference], loaded_once: None) -> None:
+    llm = LLM(str(references["llama"].folder), device="cpu", num_blocks=64)
+    asked = [replace(GREEDY, max_tokens=2), replace(GREEDY, max_tokens=3, stop="ab")]
+    assert asked[1].stop == ("ab",)
+    (alone,) = llm.generate("def f():", asked[0])
+    both = llm.generate(["def f():", "def f():"], asked)
+    assert llm.engine
+    assert alone.prompt_tokens == both[0].prompt_tokens == len(llm.engine.tokenizer.encode("def f():"))
+    assert both[1].token_ids[:2] == both[0].token_ids == alone.token_ids
+    assert len(both[1].token_ids) == 3
+    with pytest.raises(ValueError, match="shorter"):
+        llm.generate(["def f():", "def f():"], asked[:1])
+    assert not llm.engine.has_work
+
+
 # ---------------------------------------------------------------- tensor parallel
 
 
@@ -634,6 +649,7 @@ def test_a_prompt_is_refused_and_leaves_nothing_behind(
     llm = LLM(str(reference.folder), device="cpu", num_blocks=64)
     with pytest.raises(ValueError, match=words):
         llm.generate([reference.prompts[0], prompt], params)
+    assert llm.engine
     assert not llm.engine.has_work
     llm.engine.scheduler.check()
     assert llm.generate([reference.prompts[0]], GREEDY)[0].token_ids == reference.outputs[0]

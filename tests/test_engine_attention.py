@@ -68,11 +68,9 @@ def expected(q_thd: torch.Tensor, k_tkd: torch.Tensor, v_tkd: torch.Tensor) -> t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 64), (6, 2, 24), (8, 1, 128), (2, 2, 33)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 128)])
 def test_one_token_a_sequence(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
-    kernel = compiled(dtype)
+    kernel = compiled(dtype, head_dim)
     assert kernel, "no C compiler"
     made = sequences([1, 2, 3, 15, 16, 17, 100, 331], kv_heads, head_dim, block_size, dtype)
     q_nhd = torch.randn(8, heads, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -86,7 +84,7 @@ def test_one_token_a_sequence(heads: int, kv_heads: int, head_dim: int, block_si
 
 
 def test_the_c_loop_stands_large_scores_and_queries_that_are_not_contiguous() -> None:
-    kernel = compiled(torch.float32)
+    kernel = compiled(torch.float32, 16)
     assert kernel
     made = sequences([40, 7], 2, 16, 4, torch.float32)
     q_nhd = 300 * torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))[:, 1:5]
@@ -102,7 +100,7 @@ def test_the_c_loop_stands_large_scores_and_queries_that_are_not_contiguous() ->
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_a_step_of_single_tokens_and_chunks(block_size: int, dtype: torch.dtype) -> None:
     """Four generate, one begins, one goes on with its prompt; the step's own keys are written before it attends."""
-    heads, kv_heads, head_dim = 4, 2, 32
+    heads, kv_heads, head_dim = 4, 2, 64
     made = sequences([1, 5, 16, 50, 9, 40], kv_heads, head_dim, block_size, dtype)
     new = [1, 1, 1, 1, 9, 13]
     rows = [slice(sum(new[:n]), sum(new[: n + 1])) for n in range(6)]
@@ -143,8 +141,8 @@ def test_without_a_compiler_there_is_a_warning_and_no_loop(
     else:
         monkeypatch.setenv("CC", "false" if why.endswith("fails") else "no-such-compiler")
     with caplog.at_level(logging.WARNING, "book"):
-        assert compiled(torch.float32) is None
-        assert compiled(torch.float32) is None
+        assert compiled(torch.float32, 16) is None
+        assert compiled(torch.float32, 16) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
     assert "without its C loop, slower" in caplog.text
     made = sequences([3], 1, 16, 4, torch.float32)
@@ -157,14 +155,14 @@ def test_without_a_compiler_there_is_a_warning_and_no_loop(
 
 
 def test_it_is_compiled_once(fresh: None, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled(torch.float32)
+    assert compiled(torch.float32, 16)
     compiled.cache_clear()
     (library,) = (own_cache / "kernels").iterdir()
     assert library.suffix == ".so"
     monkeypatch.setattr(paged_attention.subprocess, "run", None)
-    assert compiled(torch.float32)
+    assert compiled(torch.float32, 16)
 
 
 def test_a_type_without_a_loop_has_none() -> None:
-    assert compiled(torch.float16) is None
-    assert compiled(torch.float64) is None
+    assert compiled(torch.float16, 16) is None
+    assert compiled(torch.float64, 16) is None
