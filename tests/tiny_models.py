@@ -11,7 +11,7 @@ import transformers
 
 from common import data, lm, script
 
-CONTEXT = 96
+CONTEXT = 80
 OUTPUT = 16  # tokens of a reference
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

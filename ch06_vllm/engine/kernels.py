@@ -120,7 +120,8 @@ def kernels(device: str, dtype: torch.dtype, head_dim: int) -> InTorch | InC:
     try:
         return InC(ctypes.CDLL(str(_build(dtype, head_dim))), head_dim)
     except (OSError, subprocess.SubprocessError) as error:
-        get_logger().warning("no C loops, the engine is slower", because=str(error).splitlines()[0][:120])
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[:1]
+        get_logger().warning("no C loops, the engine is slower", because="".join(said)[:160])
         return InTorch()
 
 

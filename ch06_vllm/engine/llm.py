@@ -13,7 +13,7 @@ from ch06_vllm.engine.request import Config, Output, SamplingParams
 from ch06_vllm.engine.runner import Runner
 from common.dist import pick_device, read_launch
 
-Prompts = Sequence[str | Sequence[int]]
+Prompts = str | Sequence[str | Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -56,6 +56,7 @@ class LLM:
 
     def _generate(self, prompts: Prompts, params: Params) -> list[Output]:
         assert self.engine
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
         outputs: dict[str, Output] = {}
         try:

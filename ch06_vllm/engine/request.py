@@ -78,6 +78,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # else each of its letters would be one
+            object.__setattr__(self, "stop", (self.stop,))
         for fine, what in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; take at least 1"),
             (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; take 0 or more"),
