@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     parser.add_argument("--max-model-len", type=script.at_least(64), default=1024, help="longest request in tokens")
     parser.add_argument("--cache-tokens", type=script.at_least(64), default=8192, help="tokens the cache has room for")
-    parser.add_argument("--block-size", type=script.at_least(1), default=16)
+    parser.add_argument("--block-size", type=script.at_least(1), default=32, help="vLLM on a CPU wants multiples of 32")
     parser.add_argument("--requests", type=script.at_least(2), default=96)
     parser.add_argument("--prompt-tokens", type=load.lengths, default="lognormal:96,0.7")
     parser.add_argument("--output-tokens", type=load.lengths, default="lognormal:64,0.8")
@@ -218,6 +218,7 @@ def figures(name: str, m: dict[str, Any]) -> dict[str, Any]:
         "empty_a_request": m["fits"].empty_a_request, **{f"waste_{key}": m["fits"].waste(key) for key in NAMES},
         "running_paged": paged.running_mean, "running_in_one_piece": pieces.running_mean,
         "running_times": paged.running_mean / pieces.running_mean,
+        "most_running_paged": paged.running_peak, "most_running_in_one_piece": pieces.running_peak,
         "tokens_per_s_paged": paged.tokens / paged.seconds, "tokens_per_s_in_one_piece": pieces.tokens / pieces.seconds,
         "prefix_hits": m["found"]["prefix_hits"], "predicted_prefix_hits": m["expected"]["prefix_hits"],
         "hit_rate": m["hit_rate"], "hits_without_cache": m["hits_without_cache"], "blocks_saved": m["blocks_saved"],

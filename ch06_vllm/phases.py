@@ -38,7 +38,7 @@ from ch06_vllm.servers import Server
 from common import dist, lm, logs, script
 
 log = logs.get_logger()
-BLOCK = 16
+BLOCK = 32  # vLLM's CPU kernels are made for multiples of it
 
 
 @dataclass(frozen=True)
