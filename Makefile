@@ -26,8 +26,8 @@ system-deps:  ## install the optional system packages (Debian or Ubuntu, root); 
 tour: setup  ## the book in one run: train on real text, see where time went, survive a kill, read the report
 	@$(BIN)/python -m tour
 
-test: setup  ## all tests, on CPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup  ## all tests, on CPU, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 smoke: setup  ## run every exercise briefly [CHAPTER=ch01]
 	$(BIN)/python -m common.exercises smoke $(CHAPTER) --junit runs/smoke.xml --json runs/smoke.json

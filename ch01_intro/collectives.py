@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import socket
 import statistics
 import threading
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as td
 
-from common import dist, script
+from common import dist, ranks, script
 from common.process import Child
 
 FAULTS = ("mismatched-shape", "missing-rank", "wrong-address")
@@ -189,10 +188,7 @@ def diagnose() -> dict:
     """Start two ranks a fault, and collect what the healthy rank says and how soon it says it."""
     found = {}
     for fault in FAULTS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
         if fault == "wrong-address":
             env["MASTER_ADDR"] = "no-such-host.invalid"
         join_s = "5" if fault == "wrong-address" else "60"

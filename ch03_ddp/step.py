@@ -8,6 +8,8 @@ norm = update(ddp, optimizer, precision, max_norm=1.0)
 from __future__ import annotations
 
 import contextlib
+import functools
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -76,8 +78,20 @@ def compile_layers(model: nn.Module) -> None:
     the graph at the buckets' borders, which a single layer does not need (and which fails for buckets below 1 MiB).
     """
     torch._dynamo.config.optimize_ddp = False
+    if " " in torch.__file__:
+        _quote_library_folders()
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile()
+
+
+def _quote_library_folders() -> None:
+    """torch 2.13 quotes the folders of headers in the compiler's command line, and forgets those of libraries."""
+    from torch._inductor.cpp_builder import BuildOptionsBase
+
+    plain = BuildOptionsBase.get_libraries_dirs
+    if not hasattr(plain, "__wrapped__"):
+        quoted = functools.wraps(plain)(lambda self: [shlex.quote(folder) for folder in plain(self)])
+        BuildOptionsBase.get_libraries_dirs = quoted
 
 
 def loss_sum(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -175,8 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = dist.pick_device(args.device, dist.Launch("python")).type
     if device == "cpu" and not sys.platform.startswith("linux"):
         raise UserError("the peak of a CPU process is read from Linux's /proc; run this on Linux or on a GPU")
-    ranks.forkserver.set_forkserver_preload(["ch04_fsdp.measure_budget", "torch._dynamo",
-                                             "transformers.models.llama.modeling_llama"])  # fmt: skip
+    ranks.preload("ch04_fsdp.measure_budget", "transformers.models.llama.modeling_llama")
     rows: list[dict[str, Any]] = []
     print(f"{'preset':8}{'strategy':12}{'ranks':>5}{'planned':>9}{'measured':>10}{'error':>8}  {'peak in':26}setting")
     for cell in grid(args, device):

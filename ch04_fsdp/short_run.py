@@ -82,6 +82,7 @@ def run(job: Job, timeout_s: float = 120, train: Callable[[Any], dict[str, Any]]
 
     train: what a rank does, a function of a module (default: the one below).
     """
+    ranks.preload("transformers.models.llama.modeling_llama")
     ended = ranks.run_ranks(_as_script, job.ranks, train or globals()["train"], job, timeout_s=timeout_s)
     lines = [line for rank in ended for line in re.findall(r"^error[^:]*: (.*)", rank.stderr, re.MULTILINE)]
     lines += [f"stopped after {timeout_s:g} s" for rank in ended if rank.timed_out]

@@ -19,6 +19,7 @@ differ: in bf16 DeepSpeed keeps a rank's gradients in bf16 until they are summed
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -37,7 +38,7 @@ from torch import nn
 from ch03_ddp.feed import Batch
 from common import data
 from common.dist import Context, Launch
-from common.script import UserError
+from common.script import UserError, atomic_write
 
 STAGES = (1, 2, 3)
 Held = dict[str, list[torch.Tensor]]
@@ -53,27 +54,57 @@ def library(device: torch.device) -> ModuleType:
         raise UserError("deepspeed is not installed; run make setup, or pip install deepspeed==0.19.8")
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else it takes the GPU that it finds; read once, when it is imported
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir(device)))
+    key = _extensions_key(device)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(data.cache_dir() / "torch_extensions" / key))
     with contextlib.redirect_stdout(sys.stderr):  # its log handler keeps the stream of this moment; ours ends in RESULT
         import deepspeed
     # At its start it would compile an all-reduce through shared memory for inference on CPUs. Training does not use it.
     deepspeed.ops.__compatible_ops__ = {}
+    _keep_compiled(key)
     # It calls collectives by the names that they had before torch 2.13, once a message.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
-def _extensions_dir(device: torch.device) -> Path:
-    """For what DeepSpeed compiles: of this Python, torch, DeepSpeed and processor (it compiles for the very one).
-
-    And of this environment's place, which stands in the compiler's commands: two would build it anew in turns.
-    """
-    versions = [sys.prefix, platform.python_version(), torch.__version__, metadata.version("deepspeed"), device.type]
+def _extensions_key(device: torch.device) -> str:
+    """Of what DeepSpeed's compiled operators depend on: Python, torch, DeepSpeed, C library and the very processor."""
+    versions = [platform.python_version(), torch.__version__, torch.version.git_version, metadata.version("deepspeed")]
+    versions += [device.type, *platform.libc_ver()]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         versions += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    key = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
-    return data.cache_dir() / "torch_extensions" / key
+    return hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
+
+
+def _keep_compiled(key: str) -> None:
+    """Let DeepSpeed take an operator as it is that stands compiled for `key` in TORCH_EXTENSIONS_DIR.
+
+    Its own loader asks ninja, which compiles anew in each environment: the environment's place stands in the commands.
+    """
+    from deepspeed.ops.op_builder import builder
+
+    if hasattr(builder.OpBuilder.jit_load, "__wrapped__"):  # done already
+        return
+    compile_it = builder.OpBuilder.jit_load
+
+    @functools.wraps(compile_it)
+    def load(self: Any, verbose: bool = True) -> ModuleType:
+        folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / self.name
+        library, mark = folder / f"{self.name}.so", folder / "complete"
+        if not (mark.exists() and mark.read_text() == key and library.exists()):
+            made: ModuleType = compile_it(self, verbose)
+            with atomic_write(mark) as file:
+                file.write(key)
+            return made
+        spec = importlib.util.spec_from_file_location(self.name, library)
+        assert spec
+        assert spec.loader
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        builder.OpBuilder._loaded_ops[self.name] = found
+        return found
+
+    builder.OpBuilder.jit_load = load
 
 
 def config(

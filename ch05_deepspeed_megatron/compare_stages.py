@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
         seed=args.seed, device=args.device,
     )  # fmt: skip
     weighed = {}
+    ranks.preload("transformers.models.llama.modeling_llama")
     for name in NAMES:
         every = ranks.values(ranks.run_ranks(stages.weigh, args.ranks, name, job, timeout_s=args.timeout))
         most = max(every, key=lambda rank: sum(rank["held"].values()))

@@ -112,11 +112,10 @@ def main(argv: list[str] | None = None) -> dict:
             raise script.UserError(f"--global-batch {args.global_batch} does not divide by {count} ranks; change one")
     choose_device(args, most)
     script.start(__file__, args)
-    preload = ["ch05_deepspeed_megatron.universal", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+    ranks.preload("ch05_deepspeed_megatron.universal", "transformers.models.llama.modeling_llama")
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        preload.append("deepspeed")  # which must not touch a GPU before the fork
-    ranks.forkserver.set_forkserver_preload(preload)
+        ranks.preload("deepspeed")  # which must not touch a GPU before the fork
     folder = Path(tempfile.mkdtemp(prefix="universal-"))
     try:
         return follow(Runs(folder, args), args)

@@ -85,21 +85,21 @@ class Theirs:
 
     async def answer(self, timeout_s: float) -> dict[str, Any]:
         assert self.process.stdout
-        async with asyncio.timeout(timeout_s):
-            while line := (await self.process.stdout.readline()).decode(errors="replace"):
-                if line.startswith("READY "):
-                    return json.loads(line.removeprefix("READY "))
-                self.said.append(line.strip())
+        try:
+            async with asyncio.timeout(timeout_s):
+                while line := (await self.process.stdout.readline()).decode(errors="replace"):
+                    if line.startswith("READY "):
+                        return json.loads(line.removeprefix("READY "))
+                    self.said.append(line.strip())
+        except TimeoutError:
+            raise UserError(f"vllm bench serve has not answered for {timeout_s:.0f} s; is the machine busy?") from None
         last = next((line for line in reversed(self.said) if line), "nothing")
         raise UserError(f"vllm bench serve ended; its last line: {last[:200]}")
 
     async def ask(self, timeout_s: float, **question: Any) -> dict[str, Any]:
         assert self.process.stdin
         self.process.stdin.write(json.dumps(question).encode() + b"\n")
-        try:
-            return await self.answer(timeout_s)
-        except TimeoutError:
-            raise UserError(f"vllm bench serve has not ended after {timeout_s:.0f} s; see the server's log") from None
+        return await self.answer(timeout_s)
 
 
 @contextlib.asynccontextmanager
@@ -149,7 +149,7 @@ async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str
     ids = load.usable_ids(args.model)
     limit_s = 120 + 4 * args.requests / args.rate
     rounds: list[tuple[dict, dict]] = []
-    differ = 0.0
+    differ, apart_s = 0.0, []
     for number in range(args.rounds):
         seed = args.seed + number
         pair: dict[str, dict] = {}
@@ -160,9 +160,11 @@ async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str
             else:
                 pair["theirs"] = await judge.ask(limit_s, bench=their_words(url, args, seed))
         rounds.append((pair["ours"], pair["theirs"]))
+        sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
+        apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
         show = [f"{ours} {pair['ours'][ours] / pair['theirs'][their]:.3f}" for ours, their in METRICS.items()]
         print(f"round {number + 1}, ours / theirs: {'  '.join(show)}", flush=True)
-    return summarise(rounds) | {"definitions_differ": differ}
+    return summarise(rounds) | {"definitions_differ": differ, "arrivals_apart_ms_p50": float(np.median(apart_s)) * 1e3}
 
 
 async def definitions(judge: Theirs, records: Sequence[load.Record], figures: dict[str, Any]) -> float:
@@ -189,18 +191,10 @@ def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
     return result
 
 
-async def run(args: argparse.Namespace) -> dict[str, Any]:
+async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
     async with theirs() as judge:
-        if args.url:
-            await judge.answer(300)
-            return await compare(args.url, args, judge)
-        server = Server(args.model, "vllm", {"served-model-name": args.served_model, "enable-prefix-caching": False})
-        await asyncio.to_thread(server.__enter__)
-        try:
-            await judge.answer(300)
-            return await compare(server.url, args, judge)
-        finally:
-            server.__exit__()
+        await judge.answer(300)
+        return await compare(url, args, judge)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -220,7 +214,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.model = args.model or make_model.model_folder(make_model.Recipe("nano"))
     script.start(__file__, args)
-    result = asyncio.run(run(args))
+    with contextlib.ExitStack() as stack:
+        url = args.url
+        if not url:
+            options = {"served-model-name": args.served_model, "enable-prefix-caching": False}
+            url = stack.enter_context(Server(args.model, "vllm", options)).url
+        result = asyncio.run(run(url, args))
     if result["largest_difference"] > args.tolerance:
         apart = f"ours and theirs differ by {result['largest_difference']:.1%}, more than {args.tolerance:.0%}"
         raise CheckFailed(f"{apart}; if theirs_range is as wide, the machine is busy: take more --rounds", result)

@@ -2,7 +2,8 @@
 
 You learn   what a batch needs beyond a loop: a limit on what is in flight, a journal that survives kill -9 (append,
             fsync, tolerate a torn last line), an output that appears complete or not at all, failures kept as rows
-Laptop      python -m ch06_vllm.batch prompts.jsonl answers.jsonl --url http://127.0.0.1:8000 --concurrency 16
+Laptop      python -m ch06_vllm.batch ch06_vllm/configs/prompts.jsonl --serve vllm:nano
+            python -m ch06_vllm.batch prompts.jsonl answers.jsonl --url http://127.0.0.1:8000 --concurrency 16
 GPU node    python -m ch06_vllm.batch prompts.jsonl answers.jsonl --concurrency 256
 You see     answers.jsonl in the order of prompts.jsonl. Kill it and start it again: it goes on where it was
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ch06_vllm.client import Client, RequestFailed, Retry
+from ch06_vllm.started import HELP, engine_and_model, server
 from common import logs, script
 from common.script import UserError
 
@@ -181,9 +184,9 @@ async def run_batch(client: Client, requests: Sequence[Request], journal: Journa
     return attempts
 
 
-async def send(args: argparse.Namespace, requests: Sequence[Request], journal: Journal) -> int:
+async def send(url: str, args: argparse.Namespace, requests: Sequence[Request], journal: Journal) -> int:
     limits = {"concurrency": args.concurrency, "timeout_s": args.timeout_s, "retry": Retry(attempts=args.attempts)}
-    async with Client(args.url, api_key=os.environ.get("OPENAI_API_KEY"), seed=args.seed, **limits) as client:
+    async with Client(url, api_key=os.environ.get("OPENAI_API_KEY"), seed=args.seed, **limits) as client:
         try:
             await client.models()  # a wrong address is one error, not one for each request
         except RequestFailed as error:
@@ -194,27 +197,30 @@ async def send(args: argparse.Namespace, requests: Sequence[Request], journal: J
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, nargs="?", help="default: answers.jsonl in the run folder")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--serve", type=engine_and_model, help=f"start this first, instead of --url: {HELP}")
     parser.add_argument("--concurrency", type=script.at_least(1), default=16, help="requests in flight")
     parser.add_argument("--attempts", type=script.at_least(1), default=5, help="for one request, with backoff between")
     parser.add_argument("--timeout-s", type=script.positive, default=600.0, help="for one attempt")
     parser.add_argument("--retry-failed", action="store_true", help="send again what the journal has as failed")
     args = parser.parse_args(argv)
     requests = read_requests(args.input)
-    if args.output.is_dir() or args.output.resolve() == args.input.resolve():
+    if args.output and (args.output.is_dir() or args.output.resolve() == args.input.resolve()):
         raise UserError(f"{args.output} cannot be the output; name a new file")
-    journal = Journal(args.output.with_name(args.output.name + ".journal"))
+    run = script.start(__file__, args)
+    output = args.output or run.path("answers.jsonl")
+    journal = Journal(output.with_name(output.name + ".journal"))
     rows = {row["id"]: row for row in journal.read()}
     finished = {key for key, row in rows.items() if not (row["error"] and args.retry_failed)}
     left = [request for request in requests if request.id not in finished]
-    script.start(__file__, args)
-    began = time.monotonic()
-    attempts = asyncio.run(send(args, left, journal)) if left else 0
-    seconds = time.monotonic() - began
+    with server(args.serve) if args.serve and left else contextlib.nullcontext() as running:
+        began = time.monotonic()
+        attempts = asyncio.run(send(running.url if running else args.url, args, left, journal)) if left else 0
+        seconds = time.monotonic() - began
     rows |= {row["id"]: row for row in journal.read()}
     answers = [rows[request.id] for request in requests]
-    with script.atomic_write(args.output) as file:
+    with script.atomic_write(output) as file:
         file.writelines(json.dumps(row) + "\n" for row in answers)
     journal.close()
     failed = [row for row in answers if row["error"]]

@@ -2,7 +2,8 @@
 
 You learn   open loop and closed loop, what each latency is counted from, why percentiles and not means, what an
             objective (SLO) makes of throughput
-Laptop      python -m ch06_vllm.bench_serve --url http://127.0.0.1:8000 --model DIR --rate 8 --requests 100
+Laptop      python -m ch06_vllm.bench_serve --serve vllm:nano --rate 8 --requests 100
+            python -m ch06_vllm.bench_serve --url http://127.0.0.1:8000 --model DIR --rate 8 --requests 100
 GPU node    python -m ch06_vllm.bench_serve --model DIR --rate 40 --requests 1000 --prompt-tokens lognormal:512,0.8 \
                 --output-tokens 64-256 --slo ttft:200 --slo tpot:30
 Cluster     python -m ch06_vllm.bench_serve --url one=http://node1:8000 --url two=http://node2:8000 --model DIR …
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -30,6 +32,7 @@ import numpy as np
 
 from ch06_vllm import load
 from ch06_vllm.client import Client, RequestFailed, Retry
+from ch06_vllm.started import HELP, engine_and_model, folder_of, server
 from common import logs, script
 
 COLUMNS = (
@@ -53,10 +56,14 @@ class Load:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--url", type=named_url, action="append", help="[NAME=]URL of a server; again for more")
-    parser.add_argument("--model", type=Path, required=True, help="the model's folder, for its tokenizer")
+    parser.add_argument("--serve", type=engine_and_model, help=f"start this first: {HELP}")
+    parser.add_argument("--model", type=Path, help="the model's folder, for its tokenizer (default: that of --serve)")
     parser.add_argument("--served-model", help="the name to ask for (default: the first that the server lists)")
     add_load_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.serve or args.model):
+        raise script.UserError("whose tokenizer is unknown; give --model DIR, or --serve ENGINE:MODEL")
+    return args
 
 
 def named_url(text: str) -> tuple[str, str]:
@@ -208,11 +215,8 @@ def save(run: script.Run, name: str, records: list[load.Record]) -> None:
             file.write(json.dumps(logs.finite(record.as_json())) + "\n")
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = arguments(argv)
-    sent = make_load(args, load.usable_ids(args.model))
-    servers = dict(args.url or [named_url("http://127.0.0.1:8000")])
-    run = script.start(__file__, args)
+def compare(servers: dict[str, str], sent: Load, args: argparse.Namespace, run: script.Run) -> dict:
+    """Measure one server after the other; print the table, write records and plot."""
     width = max(map(len, servers)) + 2
     asked = {"model": args.served_model, "bounds_ms": dict(args.slo), "temperature": args.temperature}
     measured: dict[str, list[load.Record]] = {}
@@ -225,6 +229,16 @@ def main(argv: list[str] | None = None) -> dict:
         print(row(name, figures[name], width), flush=True)
     draw(run.path("load.png"), measured)
     return next(iter(figures.values())) if len(figures) == 1 else {"servers": figures}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = arguments(argv)
+    sent = make_load(args, load.usable_ids(args.model or folder_of(args.serve[1])))
+    run = script.start(__file__, args)
+    with server(args.serve) if args.serve else contextlib.nullcontext() as running:
+        started = [(":".join(args.serve), running.url)] if running else []
+        urls = args.url or ([] if started else [named_url("http://127.0.0.1:8000")])
+        return compare(dict(started + urls), sent, args, run)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def vllm_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]
 
 def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     start = [sys.executable, "-m", "ch06_vllm.engine.server", "--model", model, "--host", HOST, "--port", str(port)]
-    return start + flags({name: value for name, value in options.items() if name != "shutdown-timeout"})
+    return start + flags(options)
 
 
 ENGINES: dict[str, Callable[[str, int, Mapping[str, Any]], list[str]]] = {"vllm": vllm_command, "ours": own_command}

@@ -5,8 +5,9 @@
     python -m common.exercises smoke [ch01_intro [baseline]] [--gpu] [--json FILE] [--junit FILE]
 
 `smoke` runs each exercise's smoke command (its gpu command with --gpu), checks `expect` against its RESULT line, and
-ends with a table: passed, failed, or skipped with what it would need. `run` shows the command's output, and checks
-`run_expect`: what only the whole exercise can hold, on a machine that does nothing else.
+ends with a table: passed, failed, or skipped with what it would need. Two run at a time, as ranks wait as much as they
+compute; those that measure time (`alone`) come last, one by one, and so do GPU commands. `run` shows the command's
+output, and checks `run_expect`: what only the whole exercise can hold, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -35,7 +37,8 @@ from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
-OPTIONAL = {"gpu", "gpu_needs", "gpu_expect", "run_expect", "timeout_s"}
+OPTIONAL = {"gpu", "gpu_needs", "gpu_expect", "run_expect", "timeout_s", "alone"}
+AT_A_TIME = 2
 EXPECTATIONS = ("expect", "gpu_expect", "run_expect")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -60,6 +63,7 @@ class Exercise:
     gpu_expect: dict[str, str] = field(default_factory=dict)
     run_expect: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 300
+    alone: bool = False
 
 
 def chapters(root: Path = ROOT) -> list[Path]:
@@ -106,6 +110,8 @@ def _checked(chapter: Path, path: Path, entry: dict[str, Any]) -> Exercise:
             kind, right = "list of strings", isinstance(value, list) and all(isinstance(v, str) for v in value)
         elif name in EXPECTATIONS:
             kind, right = "table", isinstance(value, dict)
+        elif name == "alone":
+            kind, right = "true or false", isinstance(value, bool)
         elif name == "timeout_s":
             kind, right = "positive number", isinstance(value, int | float) and value is not True and value > 0
         else:
@@ -290,18 +296,27 @@ class Outcome:
 
 def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
     """Run one exercise's smoke (or gpu) command and hold its RESULT against what is expected."""
+    (outcome,) = smoke_all([exercise], gpu, lambda _: None)
+    return outcome
+
+
+def _begin(exercise: Exercise, gpu: bool) -> process.Child | Outcome:
+    """Its command, running; or why it is not."""
     command = exercise.gpu if gpu else exercise.smoke
-    expect = (exercise.gpu_expect or exercise.expect) if gpu else exercise.expect
     needs = [*exercise.needs, *(exercise.gpu_needs or ["gpu"])] if gpu else exercise.needs
     if not command:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="has no gpu command")
     if lacking := [what for need in needs if (what := missing_for(need))]:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="needs " + ", ".join(lacking), command=command)
     try:
-        done = process.run(command, timeout_s=exercise.timeout_s)
+        return process.Child(command)
     except OSError as error:
         note = f"cannot start it ({error.strerror}: {error.filename})"
         return Outcome(exercise.chapter, exercise.id, "failed", note=note, command=command)
+
+
+def _judge(exercise: Exercise, done: process.Finished, gpu: bool) -> Outcome:
+    expect = (exercise.gpu_expect or exercise.expect) if gpu else exercise.expect
     note = ""
     if done.timed_out or done.returncode != 0:
         note = done.reason(exercise.timeout_s)
@@ -310,7 +325,44 @@ def smoke(exercise: Exercise, *, gpu: bool = False) -> Outcome:
     elif problems := unmet(expect, done.result):
         note = "; ".join(problems)
     status, output = ("failed", done.stdout[-8000:] + done.stderr[-8000:]) if note else ("passed", "")
+    command = exercise.gpu if gpu else exercise.smoke
     return Outcome(exercise.chapter, exercise.id, status, round(done.seconds, 1), note, command, done.result, output)
+
+
+def smoke_all(exercises: list[Exercise], gpu: bool, tell: Callable[[Outcome], None]) -> list[Outcome]:
+    """Outcomes in the order of `exercises`; each is told when it is there."""
+    order = sorted(exercises, key=lambda exercise: exercise.alone)
+    found: dict[tuple[str, str], Outcome] = {}
+    running: list[tuple[Exercise, process.Child]] = []
+
+    def add(outcome: Outcome) -> None:
+        found[outcome.chapter, outcome.id] = outcome
+        tell(outcome)
+
+    def make_room(at_a_time: int) -> None:
+        """Wait until fewer than that many run."""
+        while len(running) >= at_a_time:
+            for exercise, child in running.copy():
+                left = child.started + exercise.timeout_s - time.monotonic()
+                if child.process.poll() is not None or left <= 0:
+                    done = child.wait(max(0.0, left))
+                    running.remove((exercise, child))
+                    add(_judge(exercise, done, gpu))
+            time.sleep(0.02)
+
+    try:
+        for exercise in order:
+            make_room(1 if exercise.alone or gpu else min(AT_A_TIME, usable_cores()))
+            begun = _begin(exercise, gpu)
+            if isinstance(begun, Outcome):
+                add(begun)
+            else:
+                running.append((exercise, begun))
+        make_room(1)
+    finally:
+        for _, child in running:
+            child.stop()
+    return [found[exercise.chapter, exercise.id] for exercise in exercises]
 
 
 def run(exercise: Exercise, *, gpu: bool = False) -> int:
@@ -375,16 +427,16 @@ def _xml_safe(text: str) -> str:
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
-def _smoke_all(exercises: list[Exercise], gpu: bool) -> list[Outcome]:
+def _table(exercises: list[Exercise], gpu: bool) -> list[Outcome]:
     width = max(len(f"{e.chapter} {e.id}") for e in exercises)
-    outcomes = []
-    for exercise in exercises:
-        outcome = smoke(exercise, gpu=gpu)
-        name = f"{exercise.chapter} {exercise.id}".ljust(width)
+
+    def tell(outcome: Outcome) -> None:
+        name = f"{outcome.chapter} {outcome.id}".ljust(width)
         print(f"{outcome.status:8} {name} {outcome.seconds:6.1f} s  {outcome.note}".rstrip(), flush=True)
         if outcome.status == "failed":
             print(f"  {outcome.command}\n{outcome.output}", file=sys.stderr, flush=True)
-        outcomes.append(outcome)
+
+    outcomes = smoke_all(exercises, gpu, tell)
     counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
     return outcomes
@@ -411,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.id:
                 raise UserError("run takes a chapter and an exercise id; see `list`")
             return run(exercises[0], gpu=args.gpu)
-        outcomes = _smoke_all(exercises, args.gpu)
+        outcomes = _table(exercises, args.gpu)
         try:
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ class Child:
 
     When the starter itself is killed and can stop nothing, a guard does it. The tree is known by a variable that all of
     it inherits: processes whose parent has ended belong to it as well as those in sessions of their own. `on_line` is
-    called with each line of stdout, `on_error` with each of stderr, from threads.
+    called with each line of stdout, `on_error` with each of stderr, from threads. With `stdin` it has one to write to.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Child:
         cwd: Path = ROOT,
         on_line: Callable[[str], None] | None = None,
         on_error: Callable[[str], None] | None = None,
+        stdin: bool = False,
     ) -> None:
         self.command = shlex.split(command) if isinstance(command, str) else [str(part) for part in command]
         path = (
@@ -121,7 +122,7 @@ class Child:
             self.command,
             cwd=cwd,
             env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(env or {}), self._mark: "1"},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -10,9 +10,11 @@ that called run_ranks, in whatever way. (For scripts there is torchrun.)
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import socket
 import sys
@@ -28,7 +30,8 @@ from typing import Any
 from common.script import UserError
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["common.dist", "torch._dynamo"])  # one list for all uses; it may be set anew before
+_preloaded = ["common.dist", "torch._dynamo"]
+forkserver.set_forkserver_preload(_preloaded)
 CONSEQUENCE = re.compile("left with an error|lost another rank")  # not the cause
 LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
@@ -46,10 +49,18 @@ class Rank:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on now, and that the kernel gives to nobody who asks it for any port.
+
+    Of those (32768 and up on Linux) another process could get this very one before the caller listens on it.
+
+    Raises:
+        UserError: a hundred of them are taken.
+    """
+    for port in random.SystemRandom().sample(range(20000, 29000), 100):  # ranks have seeded `random` alike
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("100 TCP ports between 20000 and 29000 are taken; look who listens there (ss -tlnp)")
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -125,6 +136,12 @@ def run_ranks(
                 )
             )
         return answers
+
+
+def preload(*modules: str) -> None:
+    """Let the server import these too, once for all ranks. It starts with the first rank; after that it is too late."""
+    _preloaded.extend(modules)
+    forkserver.set_forkserver_preload(_preloaded)
 
 
 def end_with_parent() -> None:

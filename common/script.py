@@ -286,11 +286,16 @@ def _report(result: Result) -> None:
     if logs.env_rank() == 0:
         if Run.current is not None:
             Run.current.finish(result)
-        print("RESULT " + json.dumps(result), flush=True)
+        _print_line("RESULT " + json.dumps(result), sys.stdout)
 
 
 def _exit_with_line(message: str) -> NoReturn:
     several = "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
     where = f" [rank {logs.env_rank()}]" if several else ""
-    print(f"error{where}: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    _print_line(f"error{where}: " + " ".join(message.split()), sys.stderr)
     _exit(2)
+
+
+def _print_line(line: str, file: IO[str]) -> None:
+    """In one write: unbuffered, print makes two, and another rank on the same pipe can come in between."""
+    print(line + "\n", end="", file=file, flush=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,19 @@ if os.environ.get("TEST_ON_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test` proves things on the CPU, also where there is a GPU
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a test run that was itself started by a launcher is one process, not a rank
+# One file for all workers of this run (pytest -n 2): they inherit the variable.
+LOCK = Path(os.environ.setdefault("TEST_RUN_LOCK", str(SCRATCH / "lock")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: it measures time; no other test runs meanwhile")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout's clock
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
 
 
 def pytest_unconfigure() -> None:

@@ -53,6 +53,7 @@ class FakeServer:
         self.tokens = ["a", "b ", "ç", "\n", ""]
         self.close_gate_at: int | None = None
         self.script: deque[Does] = deque()
+        self.contents: deque[str] = deque()  # what unstreamed chats say, instead of tokens
         self.seen: list[Seen] = []
         self.changed = threading.Condition()  # notified at each arrival and end
         self._loop = asyncio.new_event_loop()
@@ -133,10 +134,12 @@ class FakeServer:
         usage = {"prompt_tokens": asked, "completion_tokens": count, "total_tokens": asked + count}
         if not seen.body.get("stream"):
             await asyncio.sleep(self.ttft_s + (count - 1) * self.gap_s)
-            text = "".join(texts)
+            text = self.contents.popleft() if chat and self.contents else "".join(texts)
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             self._note(seen, "answered")
             choice = {"index": 0, "finish_reason": "length", **said}
+            if "prompt_logprobs" in seen.body:  # -0.5 for each character but the first
+                choice["prompt_logprobs"] = [None] + [{"9": {"logprob": -0.5}}] * (len(prompt) - 1)
             return web.json_response(
                 {"id": "x", "choices": [choice], "usage": usage}, headers={"x-request-id": "fake-1"}
             )

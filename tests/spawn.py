@@ -15,25 +15,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common import process
-from common.ranks import Rank, environments, forkserver, free_port, rank_environment, run_ranks, values
+from common.ranks import (
+    Rank,
+    environments,
+    forkserver,
+    free_port,
+    preload,
+    rank_environment,
+    run_ranks,
+    values,
+)
 
 __all__ = [
     "Rank", "fork_script", "forkserver", "free_port", "rank_environment", "run_ranks", "run_script", "torchrun",
     "values",
 ]  # fmt: skip
 
-# The list is the whole process's: one for all tests.
-forkserver.set_forkserver_preload(
-    [
-        "common.dist",
-        "torch._dynamo",  # an optimizer imports it, which takes seconds
-        "common.lm",
-        "ch01_intro.training",
-        "torch.distributed.tensor",
-        "transformers.models.llama.modeling_llama",
-        "matplotlib.pyplot",
-        "datasets",
-    ]
+preload(
+    "ch04_fsdp.train_fsdp",  # with what it takes from the chapters before
+    "transformers.models.llama.modeling_llama",
+    "matplotlib.pyplot",
+    "datasets",
+    "pytest",  # a rank imports the test's module
+    "hypothesis",
 )
 
 

@@ -17,8 +17,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from ch06_vllm import bench_serve, load
+from ch06_vllm import agree, bench_serve, load
 from ch06_vllm.client import Answer, Client, Retry
+from ch06_vllm.servers import vllm_program
 from common.script import UserError
 from tests.openai_fake import Does, FakeServer
 
@@ -323,3 +324,44 @@ def test_wrong_flags_are_one_line(
     with pytest.raises(UserError, match=message):
         bench(server, model, tmp_path, *flags)
     assert server.seen == []
+
+
+# ---------------------------------------------------------------- beside vllm bench serve
+
+
+def test_vllms_own_code_makes_the_same_figures_of_our_records() -> None:
+    """On records with answers of one token and chunks of several: nothing but a definition could differ."""
+    try:
+        vllm_program()
+    except UserError as missing:
+        pytest.skip(f"needs vllm: {missing}")
+    rng = np.random.default_rng(6)
+    records = []
+    for index in range(40):
+        chunks = int(rng.integers(1, 9))
+        times = index / 9 + np.cumsum(rng.gamma(1.0, 0.03, chunks + 1))
+        tokens = chunks if index % 3 else 2 * chunks
+        records.append(record(index, index / 9, times[0], times[1:].tolist(), tokens))
+
+    async def difference() -> float:
+        async with agree.theirs() as judge:
+            await judge.answer(280)
+            return await agree.definitions(judge, records, load.summary(records))
+
+    assert asyncio.run(difference()) < 1e-9
+
+
+def test_agreement_is_the_median_of_the_rounds() -> None:
+    def figures(names: Any, value: float) -> dict[str, float]:
+        return {"failed": 0, **dict.fromkeys(names, value)}
+
+    rounds = [
+        (figures(agree.METRICS, ours), figures(agree.METRICS.values(), theirs))
+        for ours, theirs in ((1.0, 2.0), (1.1, 1.0), (1.04, 1.0))
+    ]
+    found = agree.summarise(rounds)
+    assert (found["rounds"], found["failed"]) == (3, 0)
+    assert found["ttft_ratio"] == found["output_tokens_per_s_ratio"] == 1.04
+    assert found["ttft_ratio_range"] == [0.5, 1.1]
+    assert found["ttft_theirs_range"] == [1.0, 2.0]
+    assert found["largest_difference"] == pytest.approx(0.04)

@@ -11,7 +11,7 @@ import threading
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -117,6 +117,7 @@ def test_missing_field(chapter: Path, name: str) -> None:
         ({"timeout_s": "60"}, "timeout_s must be"),
         ({"timeout_s": True}, "timeout_s must be"),
         ({"timeout_s": 0}, "timeout_s must be"),
+        ({"alone": 1}, "alone must be"),
         ({"script": "ch01_fake/none.py"}, "ch01_fake/none.py does not exist"),
         ({"needs": ["gpu", "tpu"]}, "unknown need 'tpu'"),
         ({"needs": ["gpu >= 2"]}, "unknown need 'gpu >= 2'"),
@@ -338,6 +339,50 @@ def test_smoke_that_passes_or_is_skipped_ends_with_0(house: Path) -> None:
     assert "no GPU command was run" in gpu.stderr
     assert "has no gpu command" in gpu.stdout
     assert "0 passed, 0 failed, 1 skipped" in gpu.stdout
+
+
+MEET = """
+import sys, time
+from pathlib import Path
+mine, other = map(Path, sys.argv[1:3])
+mine.touch()
+while not other.exists():
+    time.sleep(0.01)
+print('RESULT {"value": 1}')
+"""
+
+
+def test_two_run_at_a_time_and_those_that_measure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others: dict[str, int] = {}  # by exercise, those that ran when it began
+
+    class Counted(process.Child):
+        born: ClassVar[list[process.Child]] = []
+
+        def __init__(self, command: str) -> None:
+            others[command.split()[-1]] = sum(child.process.poll() is None for child in self.born)
+            super().__init__(command)
+            self.born.append(self)
+
+    monkeypatch.setattr(process, "Child", Counted)
+    monkeypatch.setattr(exercises, "usable_cores", lambda: 2)
+    (tmp_path / "meet.py").write_text(MEET)
+    (tmp_path / "ok.py").write_text(FAKES["ok.py"])
+    both, alone = [tmp_path / "a", tmp_path / "b"], [tmp_path / "first", tmp_path / "last"]
+    plain = exercises.Exercise(chapter="ch01", **GOOD)
+    meeting = [
+        replace(plain, id=one.name, smoke=f"python {tmp_path}/meet.py {one} {other} {one.name}", timeout_s=60)
+        for one, other in (both, both[::-1])
+    ]
+    first, last = (
+        replace(plain, id=path.name, smoke=f"python {tmp_path}/ok.py {path.name}", alone=True) for path in alone
+    )
+    told: list[str] = []
+    found = exercises.smoke_all([first, *meeting, last], False, lambda outcome: told.append(outcome.id))
+    assert [(outcome.id, outcome.status) for outcome in found] == [
+        ("first", "passed"), ("a", "passed"), ("b", "passed"), ("last", "passed"),
+    ]  # fmt: skip
+    assert others == {"a": 0, "b": 1, "first": 0, "last": 0}
+    assert told[2:] == ["first", "last"]
 
 
 def test_a_timeout_takes_torchruns_workers_along(house: Path) -> None:

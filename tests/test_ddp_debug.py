@@ -64,7 +64,9 @@ TOGETHER = [["none", *HARMLESS, "deadlock"], *([fault] for fault in SAYS if faul
 
 
 @pytest.mark.parametrize("guilty", [0, 2])
-@pytest.mark.parametrize("together", TOGETHER, ids="+".join)
+@pytest.mark.parametrize(
+    "together", [pytest.param(names, marks=[pytest.mark.alone] * ("slow" in names)) for names in TOGETHER], ids="+".join
+)
 def test_every_rank_that_lives_names_the_right_rank_and_cause(together: list[str], guilty: int) -> None:
     ended = provoked(together, guilty)
     assert not any(rank.timed_out for rank in ended)
@@ -85,6 +87,7 @@ def test_all_faults_are_tried() -> None:
     assert set(SAYS) == {fault for together in TOGETHER for fault in together} - {"none"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("check", [False, True])
 def test_a_healthy_job_is_left_in_peace(check: bool) -> None:
     for rank in provoked(["none", "uneven-joined", "none"], 1, check=check):
@@ -427,6 +430,7 @@ def asked() -> tuple[list[bool], Verdict | None, Verdict | None]:
     return kept, found, pace
 
 
+@pytest.mark.alone
 def test_unused_on_two_ranks_and_a_straggler_without_ddp() -> None:
     for kept, found, pace in values(run_ranks(asked, RANKS, timeout_s=LIMIT_S)):
         assert all(kept)

@@ -7,11 +7,14 @@ import dataclasses
 import errno
 import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from ch01_intro import training
 from ch04_fsdp import activations, resident, short_run, zero_peers
@@ -165,6 +168,29 @@ def test_compiling_waits_for_nobody_for_good(tmp_path: Path, monkeypatch: pytest
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process has been compiling"):
             ops.build([ops.ADAM], CPU, timeout_s=0.2)
+
+
+@needs_aio
+def test_what_stands_compiled_is_taken_as_it_is_unless_it_is_of_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """ninja would compile it anew in each environment."""
+    ops.build([ops.ADAM], CPU)
+    from deepspeed.ops.op_builder import CPUAdamBuilder, builder
+
+    shutil.copytree(Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam", tmp_path / "cpu_adam")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder.OpBuilder, "_loaded_ops", {})
+
+    def compiler(**_: Any) -> None:
+        raise RuntimeError("compiles")
+
+    monkeypatch.setattr(cpp_extension, "load", compiler)
+    assert CPUAdamBuilder().load().create_adam
+    builder.OpBuilder._loaded_ops.clear()
+    (tmp_path / "cpu_adam" / "complete").write_text("another torch")
+    with pytest.raises(RuntimeError, match="compiles"):
+        CPUAdamBuilder().load()
 
 
 def test_a_job_takes_its_own_folder_away_and_no_other(tmp_path: Path):

@@ -96,8 +96,8 @@ def test_bad_lists_are_one_line(tmp_path: Path) -> None:
 def test_interrupt_stops_all_that_was_started(tmp_path: Path, number: signal.Signals) -> None:
     """Two ranks under torchrun, which puts them into sessions of their own."""
     (tmp_path / "wait.py").write_text(
-        "import os, threading\nprint('up', os.getpid(), flush=True)\nthreading.Event().wait()"
-    )
+        "import os, threading\nos.write(1, b'up %d\\n' % os.getpid())\nthreading.Event().wait()"
+    )  # one write a line: print makes several, and the two ranks share a pipe
     steps = steps_file(tmp_path, f"torchrun --standalone --nproc-per-node=2 {tmp_path}/wait.py")
     command = [sys.executable, "-m", "tour", "--steps", str(steps), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -161,6 +161,7 @@ def test_the_need_of_an_exercise() -> None:
 # ---------------------------------------------------------------- links
 
 
+@pytest.mark.alone
 @needs_namespaces
 @pytest.mark.parametrize(("rate", "slowest"), [("100mbit", 0.7), ("1gbit", 0.2)])
 def test_a_link_has_its_rate(rate: str, slowest: float, tmp_path: Path) -> None:
@@ -174,6 +175,7 @@ def test_a_link_has_its_rate(rate: str, slowest: float, tmp_path: Path) -> None:
     assert (tmp_path / "result.json").exists()
 
 
+@pytest.mark.alone
 @needs_namespaces
 def test_a_thin_uplink_is_felt_between_racks_only(tmp_path: Path) -> None:
     sizes = ["--hosts", "4", "--racks", "2", "--rate", "200mbit", "--uplink-rate", "20mbit"]

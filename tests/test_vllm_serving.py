@@ -330,7 +330,7 @@ def test_what_only_the_engine_can_know_is_its_own_words_in_one_line(served_model
 def test_a_server_that_takes_too_long_is_stopped_and_says_what_to_check(served_model: Path) -> None:
     with (
         pytest.raises(UserError, match=r"vllm is not ready after 0.5 s \(its last line: .*\); see whether"),
-        Server(served_model, timeout_s=0.5) as server,
+        Server(served_model, timeout_s=0.5),
     ):
         pass
 

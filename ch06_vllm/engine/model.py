@@ -1,12 +1,12 @@
 """Llama and Qwen3 for inference: fused projections, a paged cache, tensor parallel. Weights from a Hugging Face folder.
 
-Tensors carry their shape: t tokens of a step, h heads, k heads of keys, d head_dim, e hidden size, f MLP size, v vocabulary.
+Tensors carry their shape: t tokens of a step, h heads, k heads of keys, d head_dim, e hidden size, f MLP size, v size
+of the vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,8 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.packed = None
-        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
             self.weight = None
 
@@ -69,14 +70,14 @@ class Layer:
 class Model:
     """
     Raises:
-        UserError: no such model, one of another family, or heads that the ranks cannot share out.
+        UserError: no such model, one that this engine would compute wrongly, or heads that ranks cannot share out.
     """
 
     def __init__(self, name: str, dtype: str, device: torch.device, shard: Shard, max_len: int | None = None) -> None:
         self.folder = checkpoint_files(name)
         self.config = config = lm.config(str(self.folder))
-        if config.model_type not in FAMILIES or getattr(config, "use_sliding_window", None):
-            raise UserError(f"{name!r} is a {config.model_type}; this engine knows {', '.join(FAMILIES)}")
+        self.max_len: int = max_len or config.max_position_embeddings
+        self._refuse_others(name)
         for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             if getattr(config, what) % shard.world_size:
                 raise UserError(
@@ -85,13 +86,31 @@ class Model:
                 )
         self.shard, self.device = shard, device
         self.dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        self.max_len = max_len or config.max_position_embeddings
         self.heads = config.num_attention_heads // shard.world_size
         self.kv_heads = config.num_key_value_heads // shard.world_size
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._read()
         self.cos, self.sin = self._rotations()
         self.caches: list[LayerCache] = []
+
+    def _refuse_others(self, name: str) -> None:
+        """What would be loaded well and answer wrongly."""
+        config = self.config
+        window = getattr(config, "sliding_window", None) or self.max_len
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        for fine, what in (
+            (config.model_type in FAMILIES, f"is a {config.model_type}; this engine knows {', '.join(FAMILIES)}"),
+            (not hasattr(config, "quantization_config"), "is quantised; this engine reads weights of 16 bits or more"),
+            (getattr(config, "hidden_act", "") == "silu", "has no SiLU in its MLP; this engine computes nothing else"),
+            (rope not in ("dynamic", "longrope"), f"scales its positions by {rope}; this engine needs a fixed scaling"),
+            (window >= self.max_len, f"attends to {window} tokens back, this engine to all; lower max_model_len to it"),
+            (
+                self.max_len <= config.max_position_embeddings,
+                f"was made for {config.max_position_embeddings} tokens; lower max_model_len {self.max_len}",
+            ),
+        ):
+            if not fine:
+                raise UserError(f"{name!r} {what}")
 
     def _read(self) -> None:
         """All weights, of each the part that this rank holds."""
@@ -104,9 +123,8 @@ class Model:
             part = rows if columns is None else (rows, columns)
             return stored.read(name, shape, part).to(self.device, self.dtype).contiguous()
 
-        def optional(name: str, *shape: int, rows: slice = slice(None)) -> torch.Tensor | None:
-            return read(name, *shape, rows=rows) if name in stored.files else None
-
+        biased = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+        normed = config.model_type == "qwen3"
         queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         mlp, vocab = config.intermediate_size, config.vocab_size
         self.layers = []
@@ -115,14 +133,14 @@ class Model:
             attn = f"{at}self_attn."
             projections = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
             qkv = [read(f"{attn}{name}.weight", size, hidden, rows=own(size)) for name, size in projections]
-            biases = [optional(f"{attn}{name}.bias", size, rows=own(size)) for name, size in projections]
+            biases = [read(f"{attn}{name}.bias", size, rows=own(size)) for name, size in projections if biased]
             gate_up = [read(f"{at}mlp.{name}_proj.weight", mlp, hidden, rows=own(mlp)) for name in ("gate", "up")]
             self.layers.append(
                 Layer(
                     attention_norm=read(f"{at}input_layernorm.weight", hidden),
-                    qkv=Linear(torch.cat(qkv), None if biases[0] is None else torch.cat(biases)),
-                    query_norm=optional(f"{attn}q_norm.weight", self.head_dim),
-                    key_norm=optional(f"{attn}k_norm.weight", self.head_dim),
+                    qkv=Linear(torch.cat(qkv), torch.cat(biases) if biased else None),
+                    query_norm=read(f"{attn}q_norm.weight", self.head_dim) if normed else None,
+                    key_norm=read(f"{attn}k_norm.weight", self.head_dim) if normed else None,
                     out=Linear(read(f"{attn}o_proj.weight", hidden, queries, columns=own(queries))),
                     mlp_norm=read(f"{at}post_attention_layernorm.weight", hidden),
                     gate_up=Linear(torch.cat(gate_up)),

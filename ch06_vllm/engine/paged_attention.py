@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: many sequences of different lengths in one step, without padding their prompts.
 
 A step's tokens lie one after another in one tensor [tokens, heads, head_dim], first those of the sequences that compute
-a single token, then the longer chunks. Single tokens attend together, through a C loop over the block tables where there
-is a C compiler, else over gathered blocks; a chunk attends by torch's own kernel.
+a single token, then the longer chunks. Single tokens attend together, through a C loop over the block tables where
+there is a C compiler, else over gathered blocks; a chunk attends by torch's own kernel.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def attention(
     out = torch.empty_like(q_thd)
     singles = len(step.lengths)
     if singles:
-        kernel = compiled(q_thd.dtype) if q_thd.device.type == "cpu" else None
+        kernel = compiled(q_thd.dtype, q_thd.shape[2]) if q_thd.device.type == "cpu" else None
         (kernel or gathered)(q_thd[:singles], cache, step.tables, step.lengths, out[:singles])
     for chunk in step.chunks:
         out[chunk.rows] = _chunk_attention(q_thd[chunk.rows], k_tkd[chunk.rows], v_tkd[chunk.rows], cache, chunk)
@@ -127,38 +127,46 @@ def gathered(
 
 
 @functools.cache
-def compiled(dtype: torch.dtype) -> Callable[..., None] | None:
-    """paged_attention.c for this type; None where there is no C compiler, or no such variant."""
+def compiled(dtype: torch.dtype, head_dim: int) -> Callable[..., None] | None:
+    """paged_attention.c for this type and size; None where there is no C compiler, or no such variant."""
     if dtype not in FLAGS:
         return None
     try:
-        function = ctypes.CDLL(str(_build(dtype))).paged_attention
+        function = ctypes.CDLL(str(_build(dtype, head_dim))).paged_attention
     except (OSError, subprocess.SubprocessError) as error:
         get_logger().warning("paged attention without its C loop, slower", because=str(error).splitlines()[0][:120])
         return None
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 6 + [ctypes.c_float]
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int] * 5 + [ctypes.c_float]
 
     def attend(
         q_nhd: torch.Tensor, cache: LayerCache, tables: torch.Tensor, lengths: torch.Tensor, out_nhd: torch.Tensor
     ) -> None:
         q_nhd = q_nhd.contiguous()
-        sequences, heads, head_dim = q_nhd.shape
+        sequences, heads = q_nhd.shape[:2]
         block_size, kv_heads = cache.keys.shape[1:3]
         tensors = (q_nhd, cache.keys, cache.values, tables, lengths, out_nhd)
-        sizes = (sequences, heads, kv_heads, head_dim, block_size, tables.shape[1])
+        sizes = (sequences, heads, kv_heads, block_size, tables.shape[1])
         if function(*(x.data_ptr() for x in tensors), *sizes, head_dim**-0.5):
             raise MemoryError("out of memory for attention scores")
 
     return attend
 
 
-def _build(dtype: torch.dtype) -> Path:
+def _build(dtype: torch.dtype, head_dim: int) -> Path:
     """The shared library, compiled once into the project's cache. It takes OpenMP from torch, which is loaded: with a
     copy of its own, the threads of both would fight for the cores."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         raise OSError("no C compiler")
-    options = ["-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", *FLAGS[dtype]]
+    options = [
+        "-O3",
+        "-march=native",
+        "-ffast-math",
+        "-fno-finite-math-only",
+        "-fPIC",
+        f"-DHEAD_DIM={head_dim}",
+        *FLAGS[dtype],
+    ]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, _cpu(), *options]).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"paged_attention-{key}.so"
     if not library.exists():

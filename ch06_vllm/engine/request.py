@@ -8,6 +8,8 @@ from enum import Enum
 
 from common.script import UserError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -39,6 +41,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -141,6 +145,7 @@ class Request:
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.num_cached = 0  # of the prompt, found there at the first admission
         self.num_preemptions = 0
+        self.scheduled_s = 0.0  # when it first left the queue, by time.perf_counter
         self.hashes: list[bytes] = []  # of its full blocks, as far as they were asked for
 
     @property

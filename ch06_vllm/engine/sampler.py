@@ -40,24 +40,26 @@ def _draw(logits_nv: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     )
     u = torch.tensor([[request.random.random()] for request in requests], device=logits_nv.device)
     probabilities = (logits_nv / temperature).softmax(dim=-1)
-    if all(p.top_k == 0 and p.top_p == 1 for p in params):
-        return _pass(probabilities.cumsum(dim=-1), u)
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    vocabulary = ordered.shape[1]
-    top_k = torch.tensor([[p.top_k or vocabulary] for p in params], device=logits_nv.device)
-    ordered = ordered.masked_fill(torch.arange(vocabulary, device=ordered.device) >= top_k, 0)
-    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p, 0)  # the most likely one always stays
-    return order.gather(1, _pass(ordered.cumsum(dim=-1), u).unsqueeze(1)).squeeze(1)
+    chosen = _pass(probabilities.cumsum(dim=-1), u)
+    # Only these in order of likelihood: a request must not draw another token because its neighbour has a top_k.
+    if cut := [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]:
+        ordered, order = probabilities[cut].sort(dim=-1, descending=True, stable=True)
+        vocabulary = ordered.shape[1]
+        top_k = torch.tensor([[params[row].top_k or vocabulary] for row in cut], device=logits_nv.device)
+        ordered = ordered.masked_fill(torch.arange(vocabulary, device=ordered.device) >= top_k, 0)
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p[cut], 0)  # the most likely one always stays
+        chosen[cut] = order.gather(1, _pass(ordered.cumsum(dim=-1), u[cut]).unsqueeze(1)).squeeze(1)
+    return chosen
 
 
 def _pass(cumulative: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Where each row passes the share u of its total, which rounding may leave a little off 1."""
-    total = cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u.to(cumulative.dtype) * total, right=True).squeeze(1).clamp_max(
-        cumulative.shape[1] - 1
-    )
+    """Where each row passes the share u of its total, which rounding may leave a little off 1; never later than where
+    it reaches the total, as what follows there has probability 0."""
+    total = cumulative[:, -1:].contiguous()
+    passed = torch.searchsorted(cumulative, u.to(cumulative.dtype) * total, right=True)
+    return torch.minimum(passed, torch.searchsorted(cumulative, total)).squeeze(1)
 
 
 def _logprob(logits_v: torch.Tensor, token: int, count: int) -> Logprob:

@@ -1,10 +1,10 @@
 """Continuous batching: at every step, which requests compute how many tokens.
 
 There is no prefill phase and no decode phase: a request has tokens, and some of them are computed. A step hands out a
-budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt takes
-as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When blocks run
-out, the running request that is served last gives its own up and waits again; its tokens are kept and their keys and
-values recomputed (preemption by recompute).
+budget of tokens, first to the requests that run, then to those that wait. A generating request needs one; a prompt
+takes as many as are left, and goes on at the next step (chunked prefill), so that it cannot stall the others. When
+blocks run out, the running request that is served last gives its own up and waits again; its tokens are kept and their
+keys and values recomputed (preemption by recompute).
 
 Yu et al. 2022, "Orca" (iteration-level scheduling); Agrawal et al. 2023, "SARATHI" (chunked prefill).
 """
@@ -12,6 +12,8 @@ Yu et al. 2022, "Orca" (iteration-level scheduling); Agrawal et al. 2023, "SARAT
 from __future__ import annotations
 
 import bisect
+import itertools
+import time
 from dataclasses import dataclass
 
 from ch06_vllm.engine.block_pool import BlockPool, block_hash
@@ -53,10 +55,11 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         shares: list[Share] = []
         preempted = False
-        for request in list(self.running):
+        for index, request in enumerate(list(self.running)):
             if request.status is not Status.RUNNING:
-                continue  # preempted for one before it
-            count = self._count(request.num_pending, budget)
+                break  # it and those after it were preempted
+            still_to_come = len(self.running) - 1 - index  # a token is left for each of them, even by a long prompt
+            count = self._count(request.num_pending, budget - still_to_come)
             while count and not self._reserve(request, count):
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -79,7 +82,7 @@ class Scheduler:
                 self._give_up_blocks(request)
                 break
             if request.num_preemptions == 0:
-                request.num_cached = cached
+                request.num_cached, request.scheduled_s = cached, time.perf_counter()
                 self.prefix_queries += request.num_prompt
                 self.prefix_hits += cached
             del self.waiting[0]
@@ -148,6 +151,10 @@ class Scheduler:
             assert request.status is Status.RUNNING, request.request_id
             assert len(request.blocks) * self.pool.block_size >= request.num_computed, request.request_id
             assert request.num_computed < len(request.tokens), request.request_id
+            digests = self._hashes(request)[: request.num_computed // self.pool.block_size]
+            for block, digest in itertools.zip_longest(request.blocks, digests):
+                assert self.pool.hash_of[block] in (None, digest), f"block {block} is cached as what it does not hold"
+        assert len(self.running) <= self.config.max_num_seqs
         for queue in (self.waiting, self.running):
             assert queue == sorted(queue, key=_order)
 

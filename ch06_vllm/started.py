@@ -1,0 +1,34 @@
+"""ENGINE:MODEL on a command line: a server that a script starts for itself, and stops when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ch06_vllm.servers import ENGINES, Server
+from common.script import UserError
+
+HELP = "ENGINE:MODEL, vllm or ours, and a preset (random weights, made once) or a model's folder"
+
+
+def engine_and_model(text: str) -> tuple[str, str]:
+    """argparse type: ENGINE:MODEL."""
+    engine, _, model = text.partition(":")
+    if engine not in ENGINES or not model:
+        raise UserError(f"{text!r} is not ENGINE:MODEL; ENGINE is {' or '.join(ENGINES)}, MODEL a preset or a folder")
+    return engine, model
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a preset, made on first use, or the one that is named."""
+    from ch06_vllm import make_model  # with transformers, which takes seconds
+    from common import lm
+
+    return make_model.model_folder(make_model.Recipe(model)) if lm.is_preset(model) else Path(model)
+
+
+def server(asked: tuple[str, str], options: Mapping[str, Any] | None = None) -> Server:
+    """The server of ENGINE:MODEL, not entered yet; it is asked for MODEL by that name."""
+    engine, model = asked
+    return Server(folder_of(model), engine, {"served-model-name": model} | dict(options or {}))
