@@ -32,7 +32,7 @@ from ch02_hardware_parallelism.virtual_hosts import MOUNTS, Cluster, address, de
 from ch02_hardware_parallelism.virtual_links import MESSAGE
 from common import process, script
 
-__all__ = ["Cluster", "check_here", "described", "main", "nic_bytes", "parse_rate", "plan", "run", "why_not"]
+__all__ = ["Cluster", "address", "check_here", "described", "main", "nic_bytes", "parse_rate", "plan", "run", "why_not"]
 
 INSIDE = "from ch02_hardware_parallelism import virtual_hosts, virtual_links; "
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL")

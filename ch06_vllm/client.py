@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,14 @@ def token_count(choice: Json) -> int:
     return 1 if said or not (choice.get("finish_reason") or "role" in delta) else 0
 
 
+def allow_files(wanted: int) -> None:
+    """Raise the limit of open files, a socket being one, to `wanted` or as near as the hard limit lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+
+
 class Client:
     """At most `concurrency` requests are in flight; the others wait their turn, in order.
 
@@ -159,6 +168,7 @@ class Client:
         self.retry = retry or Retry()
         self._random = random.Random(seed)
         self._turn = asyncio.Semaphore(concurrency)
+        allow_files(concurrency + 64)
         self._timeouts = (connect_timeout_s, timeout_s)
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -181,7 +191,7 @@ class Client:
     # ------------------------------------------------------------ what one calls
 
     async def complete(self, prompt: str | Sequence[int], *, model: str, **options: Any) -> Answer:
-        """POST /v1/completions, streamed; `prompt` is text or token ids, `options` are the API's own fields."""
+        """POST /v1/completions, streamed: one answer. `prompt` is text or token ids, `options` the API's own fields."""
         return await self._collect("/v1/completions", {"model": model, "prompt": prompt, **options})
 
     async def chat(self, messages: Sequence[Json], *, model: str, **options: Any) -> Answer:
@@ -224,7 +234,8 @@ class Client:
                     closed_s = chunk.at_s
                 answer.finish_reason = chunk.finish_reason or answer.finish_reason
                 if usage := chunk.body.get("usage"):
-                    answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                    answer.prompt_tokens = usage.get("prompt_tokens")
+                    answer.completion_tokens = usage.get("completion_tokens")
         if closed_s is not None and sum(answer.tokens) < (answer.completion_tokens or 0):
             answer.arrivals_s.append(closed_s)  # it brought the last token, of which nothing can be shown
             answer.tokens.append(1)

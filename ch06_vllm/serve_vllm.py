@@ -13,6 +13,7 @@ You see     the address once it answers and how long that took. With --smoke a c
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -63,6 +64,23 @@ def smoke(server: Server, tokens: int = 16) -> dict[str, Any]:
         body = same | {"model": server.adapters[0], "prompt": PROMPT}
         other = post(f"{server.url}/v1/completions", body)["choices"][0]["text"]
         found |= {"adapters": len(server.adapters), "adapter_changes_text": other != text}
+    if quantised := re.search(r"\bquantization=([\w-]+)", "".join(server.child.out)):  # as the engine says of itself
+        found["quantization"] = quantised[1]
+    return found | counters(server.url)
+
+
+def counters(url: str) -> dict[str, int]:
+    """From /metrics: the engines behind the address, and the tokens that a draft model proposed and had accepted.
+
+    Names: vllm:num_requests_running has a line for each engine; vllm:spec_decode_* are there with a draft only.
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    found = {"engines": sum(line.startswith("vllm:num_requests_running{") for line in lines)}
+    for name in ("draft", "accepted"):
+        values = [line.split()[-1] for line in lines if line.startswith(f"vllm:spec_decode_num_{name}_tokens_total{{")]
+        if values:
+            found[f"{name}_tokens"] = round(sum(map(float, values)))
     return found
 
 

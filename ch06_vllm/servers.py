@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ch02_hardware_parallelism.virtual_hosts import described
 from common import process
 from common.bootstrap import engine_environment, gpus_visible
 from common.ranks import free_port
@@ -67,8 +69,30 @@ def vllm_environment(ranks: int) -> dict[str, str]:
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
     if not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(sorted(os.sched_getaffinity(0)), ranks)
+        found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(own_cores(), ranks)
     return found
+
+
+def own_cores() -> list[int]:
+    """Those that this process may use. The hosts of a virtual cluster deal the machine's out among them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if (cluster := described()) and len(cores) >= cluster.hosts:
+        share, host = len(cores) // cluster.hosts, int(os.environ["HOST_INDEX"])
+        cores = cores[host * share : (host + 1) * share]
+    return cores
+
+
+def exports() -> None:
+    """Print vLLM's variables for a node of several as shell commands, for the scripts in launch/.
+
+    VLLM_HOST_IP is the address by which this node reaches MASTER_ADDR: without a default route vLLM finds none.
+    """
+    variables = vllm_environment(1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
+        variables["VLLM_HOST_IP"] = probe.getsockname()[0]
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def cores_of_ranks(cores: list[int], ranks: int) -> str:
@@ -91,8 +115,9 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def vllm_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
-    start = [str(vllm_program()), "serve", model, "--host", HOST, "--port", str(port)]
+def vllm_command(model: str, port: int, options: Mapping[str, Any], launch: Sequence[str] = ()) -> list[str]:
+    """`launch`: a script of launch/ that starts `vllm serve` with these words and its own."""
+    start = [*(launch or (str(vllm_program()), "serve")), model, "--host", HOST, "--port", str(port)]
     named = {"served-model-name": Path(model).name} if Path(model).is_dir() else {}
     return start + flags(QUIET | named | ({} if gpus_visible() else LAPTOP) | options)
 
@@ -102,11 +127,12 @@ def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     return start + flags(options)
 
 
-ENGINES: dict[str, Callable[[str, int, Mapping[str, Any]], list[str]]] = {"vllm": vllm_command, "ours": own_command}
+ENGINES: dict[str, Callable[..., list[str]]] = {"vllm": vllm_command, "ours": own_command}
 
 
 class Server:
-    """A running engine. `grace_s`: how long requests may go on when it is stopped; 0 ends them at once.
+    """A running engine. `grace_s`: how long requests may go on when it is stopped; 0 ends them at once. `launch`: a
+    script of launch/ that starts vLLM on this host, with one rank, as one of several.
 
     Attributes:
         url: where it answers, without a path.
@@ -129,7 +155,9 @@ class Server:
         timeout_s: float = 600,
         grace_s: int = 0,
         on_line: Callable[[str], None] | None = None,
+        launch: Sequence[str] = (),
     ) -> None:
+        self.launch = {"launch": launch} if launch else {}
         self.folder, self.engine = str(model), engine
         self.options = {name.replace("_", "-"): value for name, value in (options or {}).items()}
         self.options.setdefault("shutdown-timeout", grace_s)
@@ -142,14 +170,15 @@ class Server:
     def __enter__(self) -> Server:
         sizes = [int(self.options.get(name, 1)) for name in SIZES]
         ranks = sizes[0] * sizes[1] * int(self.options.get("data-parallel-size-local", sizes[2]))
-        ranks //= int(self.options.get("nnodes", 1))  # on this host
+        if self.launch:
+            ranks = 1  # on this host
         check_model(self.folder, sizes[0])
         check_ranks(ranks)
         port = self.port or free_port()
         check_port(port)
         self.url = f"http://{HOST}:{port}"
         env = vllm_environment(ranks) | self.env if self.engine == "vllm" else self.env
-        command = ENGINES[self.engine](self.folder, port, self.options)
+        command = ENGINES[self.engine](self.folder, port, self.options, **self.launch)
         self.child = process.Child(command, env=env, on_line=self.on_line, on_error=self.on_line)
         try:
             self._wait_until_healthy()
@@ -181,8 +210,7 @@ class Server:
                 )
             time.sleep(0.05)
         self.start_s = time.monotonic() - self.child.started
-        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=30) as answer:
-            self.model, *self.adapters = [model["id"] for model in json.load(answer)["data"]]
+        self.model, *self.adapters = models(self.url)
 
 
 def answers(url: str) -> bool:
@@ -192,6 +220,12 @@ def answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def models(url: str) -> list[str]:
+    """The names that requests may use: the model's, then its adapters'."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        return [model["id"] for model in json.load(answer)["data"]]
 
 
 def check_model(model: str, tensor_parallel: int = 1) -> None:

@@ -97,7 +97,10 @@ def vllm_server(served_model: Path) -> Iterator[Server]:
     from ch06_vllm.servers import Server
 
     needs_vllm()
-    with Server(served_model, "vllm", {"kv-cache-memory-bytes": "512M"}) as server:
+    # Without the last, JSON may hold blanks without end, and random weights write them.
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+    options = {"kv-cache-memory-bytes": "512M", "structured-outputs-config": compact}
+    with Server(served_model, "vllm", options) as server:
         yield server
 
 

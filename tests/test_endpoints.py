@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 import urllib.request
@@ -12,11 +13,10 @@ from pathlib import Path
 import openai
 import pytest
 import uvicorn
-from pydantic import BaseModel
 
-from ch06_vllm import endpoints, make_model
+from ch06_vllm import endpoints
 from ch06_vllm.client import Client, Retry
-from ch06_vllm.servers import Server, vllm_program
+from ch06_vllm.servers import Server
 from common.ranks import free_port
 from common.script import UserError
 from tests.openai_fake import Does, FakeServer
@@ -72,10 +72,6 @@ def client(shared: tuple[FakeServer, openai.OpenAI]) -> openai.OpenAI:
     return shared[1]
 
 
-class Scores(BaseModel):
-    data: list[dict]
-
-
 def extract(client: openai.OpenAI, kind: str, text: str = "It crashes, again and again") -> dict:
     return client.post(f"/extract/{kind}", cast_to=object, body={"text": text})
 
@@ -115,9 +111,16 @@ def test_a_caller_who_leaves_before_the_first_token_is_passed_on_too(
     engine: FakeServer, client: openai.OpenAI, stream: bool
 ) -> None:
     engine.close_gate()
-    impatient = client.with_options(timeout=0.3)
-    with pytest.raises(openai.APITimeoutError):
-        impatient.chat.completions.create(model="m", messages=HELLO, stream=stream)
+
+    async def leave() -> None:
+        body = {"model": "m", "messages": HELLO, "stream": stream}
+        async with Client(str(client.base_url)) as caller:
+            call = asyncio.create_task(caller.post("/v1/chat/completions", body))
+            await asyncio.to_thread(engine.wait_for, len)
+            call.cancel()
+            await asyncio.wait({call})
+
+    asyncio.run(leave())
     engine.wait_for(lambda seen: [s.ended for s in seen] == ["disconnected"])
 
 
@@ -260,18 +263,6 @@ def test_no_engine_is_one_line(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- in front of real vLLM
 
 
-@pytest.fixture(scope="module")
-def real() -> Iterator[Server]:
-    try:
-        vllm_program()
-    except UserError as missing:
-        pytest.skip(f"needs vllm: {missing}")
-    compact = {"backend": "xgrammar", "disable_any_whitespace": True}  # else random weights write blanks for ever
-    options = {"max-model-len": 2048, "structured-outputs-config": compact}
-    with Server(make_model.model_folder(), "vllm", options) as server:
-        yield server
-
-
 def metric(engine: Server, name: str) -> float:
     with urllib.request.urlopen(f"{engine.url}/metrics", timeout=20) as answer:
         lines = answer.read().decode().splitlines()
@@ -280,9 +271,9 @@ def metric(engine: Server, name: str) -> float:
 
 @pytest.mark.timeout(600)
 def test_on_real_vllm_a_random_model_fills_the_schema_scores_agree_and_a_caller_who_leaves_frees_it(
-    real: Server, blocklist: Path
+    vllm_server: Server, blocklist: Path
 ) -> None:
-    with served(real.url, real.model, blocklist) as client:
+    with served(vllm_server.url, vllm_server.model, blocklist) as client:
         ticket = extract(client, "ticket")["data"]  # random weights: only the schema can have made it one
         assert endpoints.Ticket.model_validate(ticket)
         assert endpoints.Function.model_validate(extract(client, "function")["data"])
@@ -294,20 +285,20 @@ def test_on_real_vllm_a_random_model_fills_the_schema_scores_agree_and_a_caller_
         assert both[0]["scored_tokens"] > both[1]["scored_tokens"] > 0
 
         with pytest.raises(openai.APIStatusError) as no_embeddings:
-            client.embeddings.create(model=real.model, input="x")
+            client.embeddings.create(model=vllm_server.model, input="x")
         assert 400 <= no_embeddings.value.status_code < 502
 
-        before = metric(real, "generation_tokens_total")
-        endless = {"model": real.model, "messages": HELLO, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
-        stream = client.chat.completions.create(**endless, stream=True)
+        before = metric(vllm_server, "generation_tokens_total")
+        endless = {"max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(model=vllm_server.model, messages=HELLO, stream=True, **endless)
         for _ in range(5):
             next(iter(stream))
-        assert metric(real, "num_requests_running") == 1
+        assert metric(vllm_server, "num_requests_running") == 1
         stream.close()
         deadline = time.monotonic() + 60
-        while metric(real, "num_requests_running") > 0:
+        while metric(vllm_server, "num_requests_running") > 0:
             assert time.monotonic() < deadline, "the engine's request goes on"
             time.sleep(0.02)
-        assert 0 < metric(real, "generation_tokens_total") - before < 1900  # it did not end by itself
+        assert 0 < metric(vllm_server, "generation_tokens_total") - before < 1900  # it did not end by itself
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.chat.completions.create(model="nope", messages=HELLO, stream=True)

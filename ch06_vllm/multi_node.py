@@ -1,0 +1,134 @@
+"""vLLM over two hosts: tensor or pipeline parallel by its own multi-node launch, data parallel, and a Ray cluster.
+
+You learn   what each node is told, who meets whom at which port, what crosses the wire for a token, and why tensor
+            parallel wants the fast link inside a node and pipeline or data parallel takes the slow one between nodes
+Laptop      python -m ch06_vllm.multi_node --form tensor        (two hosts of a virtual cluster, a core each)
+            python -m ch06_vllm.multi_node --form data --rate 100mbit
+GPU node    the same, if it has two GPUs: one a host
+Cluster     on each node a script of ch06_vllm/launch, or sbatch ch06_vllm/launch/vllm.sbatch
+You see     an answer, and the bytes that left host0 for each token of it. With --form ray on a CPU: the cluster of two
+            nodes, and that vLLM refuses it there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ch02_hardware_parallelism import virtual_cluster
+from ch06_vllm import options
+from ch06_vllm.serve_vllm import smoke
+from ch06_vllm.servers import Server, check_model, vllm_environment, vllm_program
+from common import process, script
+from common.bootstrap import gpus_visible
+
+LAUNCH = Path("ch06_vllm/launch")
+PORT, LINE_PORT = 8000, 8001
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2}),
+    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2}),
+    "data": ("data_parallel.sh", {}),
+    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2}),
+}
+SMALL: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": "256M", "max-model-len": 1024}
+REFUSED = "does not support ray"
+
+
+def head(form: str, model: str, tokens: int, timeout_s: float) -> dict[str, Any]:
+    """Host 0: start its share with the launch script, wait for the others through it, ask, stop."""
+    file, sizes = FORMS[form]
+    nodes: list[int] = []
+
+    def on_line(line: str) -> None:
+        if match := re.fullmatch(r"ray: (\d+) nodes", line):
+            nodes.append(int(match[1]))
+
+    wanted = SMALL | sizes | {"host": "0.0.0.0"}
+    sent_before = virtual_cluster.nic_bytes()[0]
+    found: dict[str, Any] = {"form": form, "hosts": int(os.environ["NNODES"])}
+    try:
+        with Server(
+            model, "vllm", wanted, port=PORT, timeout_s=timeout_s, launch=["bash", str(LAUNCH / file)], on_line=on_line
+        ) as server:
+            loading = virtual_cluster.nic_bytes()[0]
+            answer = smoke(server, tokens)
+            sent = virtual_cluster.nic_bytes()[0] - loading
+            found |= {"served": True, "start_s": server.start_s, **answer}
+            found |= {"sent_bytes_to_start": loading - sent_before, "sent_bytes_per_token": sent / (2 * tokens)}
+    except script.UserError as error:
+        if form != "ray" or REFUSED not in str(error) or not nodes:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        found |= {"served": False, "refused": REFUSED}
+    return found | ({"ray_nodes": nodes[0]} if nodes else {})
+
+
+def follow(form: str, model: str, timeout_s: float) -> dict[str, Any]:
+    """Another host: its share, as long as host 0 is there."""
+    file, sizes = FORMS[form]
+    words = [word for key, value in (SMALL | sizes).items() for word in (f"--{key}", str(value)) if word != "True"]
+    with (
+        process.Child(["bash", LAUNCH / file, model, *words], env=vllm_environment(1)) as child,
+        meet(timeout_s) as line,
+    ):
+        line.settimeout(0.2)
+        while child.process.poll() is None:
+            try:
+                ended = not line.recv(1)
+            except TimeoutError:
+                ended = False
+            except ConnectionError:
+                ended = True
+            if ended:
+                return {}
+        done = child.wait(0)
+    raise script.UserError(f"this host's share ended early ({done.reason()}); see host 0's lines too")
+
+
+def meet(timeout_s: float) -> socket.socket:
+    """A connection to host 0, which ends when host 0 does, in whatever way."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], LINE_PORT), timeout=5)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise script.UserError(f"host 0 is not there after {timeout_s:g} s ({error}); see its lines") from None
+            time.sleep(0.2)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = script.parser(__doc__)
+    parser.add_argument("--form", choices=FORMS, default="tensor")
+    parser.add_argument("--model", default="made:nano", help="a folder that all hosts see, or made:PRESET")
+    parser.add_argument("--rate", default="1gbit", help="of each host's link, in tc's units")
+    parser.add_argument("--tokens", type=script.at_least(1), default=16, help="of each of two answers")
+    parser.add_argument("--timeout-s", type=script.positive, default=600)
+    args = parser.parse_args(argv)
+    vllm_program()
+    if cluster := virtual_cluster.described():  # we are on one of its hosts
+        place = {"NNODES": str(cluster.hosts), "NODE_RANK": os.environ["HOST_INDEX"]}
+        os.environ.update(place | {"MASTER_ADDR": virtual_cluster.address(0)})
+        if os.environ["HOST_INDEX"] == "0":
+            with socket.create_server(("", LINE_PORT)):  # the others' connections wait in its backlog
+                return head(args.form, args.model, args.tokens, args.timeout_s)
+        return follow(args.form, args.model, args.timeout_s)
+    model = options.make_models(args.model)
+    check_model(model, FORMS[args.form][1].get("tensor-parallel-size", 1))
+    virtual_cluster.check_here("; on real nodes see ch06_vllm/launch")
+    script.start(__file__, args)
+    words = ["--form", args.form, "--model", model, "--tokens", str(args.tokens), "--timeout-s", str(args.timeout_s)]
+    command = [sys.executable, "-m", "ch06_vllm.multi_node", *words]
+    done = virtual_cluster.run(command, launch="command", rate=args.rate, timeout_s=args.timeout_s + 60)
+    if done.result is None:
+        raise script.UserError(f"the two hosts did not serve ({done.reason(args.timeout_s)}); see ch06_vllm/launch")
+    return done.result | {"rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
+
+
+if __name__ == "__main__":
+    script.run(main)
