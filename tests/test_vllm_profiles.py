@@ -527,6 +527,7 @@ def test_stall_script(tmp_path: Path) -> None:
         ("kv_memory", ["--cache-tokens", "1000"], "is no multiple of 32"),
         ("kv_memory", ["--engine", "sglang"], "'sglang' is no engine; take ours or vllm"),
         ("kv_memory", ["--prefix-tokens", "600"], "more than half of --max-model-len"),
+        ("kv_memory", ["--cache-tokens", "1024", "--prefix-tokens", "400"], "has no room for three with the prefix"),
         ("phases", ["--engine", "both"], "'both' is no engine"),
         ("continuous_batching", ["--workload", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         ("continuous_batching", ["--stall", "--chunk", "16", "--running", "20"], "leaves no token beside"),
@@ -546,7 +547,7 @@ def test_tune_script_on_our_server(tmp_path: Path) -> None:
     flags = ["--requests", "6", "--rate", "20", "--warmup", "1", "--max-num-seqs", "2", "--max-num-batched-tokens", "",
              "--enable-chunked-prefill", "", "--enable-prefix-caching", "", "--block-size", "", "--slo", "ttft:60000",
              "--slo", "tpot:60000", "--run-dir", tmp_path]  # fmt: skip
-    done = run_script("ch06_vllm/tune.py", flags)
+    done = run_script("ch06_vllm/tune.py", flags, timeout_s=280)  # four servers
     assert done.result, done.stderr
     assert done.result["points"] == 2
     assert done.result["slo_holds"] is True
