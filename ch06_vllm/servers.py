@@ -62,13 +62,17 @@ def vllm_program(name: str = "vllm") -> Path:
 
 
 def vllm_environment(ranks: int) -> dict[str, str]:
-    """Variables for vLLM: its programs first on PATH, and on a CPU the cores of each rank of this host."""
+    """Variables for vLLM: its programs first on PATH, and on a CPU the cores of each rank of this host.
+
+    One rank alone is left to vLLM, which keeps a core free for the server.
+    """
     found = {
         "PATH": f"{vllm_program().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
-    if not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+    several = ranks > 1 or described() is not None
+    if several and not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(own_cores(), ranks)
     return found
 
