@@ -26,6 +26,7 @@ from ch06_vllm.engine import LLM, Config, SamplingParams, engine, model, runner
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.engine.kernels import InTorch
 from ch06_vllm.engine.model import Model, Shard
+from ch06_vllm.engine.paged_attention import Step
 from ch06_vllm.engine.request import Logprob, Output, Request
 from ch06_vllm.engine.runner import Runner
 from ch06_vllm.engine.scheduler import Scheduler, Share
@@ -346,11 +347,11 @@ def forced_logits(folder: Path, dtype: str, sequences: list[list[int]], start: i
     return [torch.stack(rows[request_id]) for request_id in sequence_of]
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[paged_attention.Step], None]) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[Step], None]) -> None:
     """Something wrong in every step that generates; the prompts are computed as they should be."""
     original = Runner._step
 
-    def wrong(self: Runner, shares: list[Share]) -> paged_attention.Step:
+    def wrong(self: Runner, shares: list[Share]) -> Step:
         step = original(self, shares)
         if not step.chunks:
             change(step)
@@ -359,19 +360,19 @@ def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[paged_attention.Ste
     monkeypatch.setattr(Runner, "_step", wrong)
 
 
-def wrong_position(step: paged_attention.Step) -> None:
+def wrong_position(step: Step) -> None:
     step.positions += 1
 
 
-def no_rotation(step: paged_attention.Step) -> None:
+def no_rotation(step: Step) -> None:
     step.positions *= 0
 
 
-def does_not_see_the_newest(step: paged_attention.Step) -> None:
+def does_not_see_the_newest(step: Step) -> None:
     step.lengths -= 1
 
 
-def does_not_see_the_first(step: paged_attention.Step) -> None:
+def does_not_see_the_first(step: Step) -> None:
     step.tables[:, 0] = step.tables[:, 1]
 
 

@@ -142,7 +142,7 @@ def test_rotation_in_c_is_that_of_torch_and_stores_what_it_rotated(dtype: torch.
         assert (cache.key_slots[untouched] == 9).all()
         assert (cache.value_slots[untouched] == 9).all()
         found.append(qkv_thd.float())
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=6e-2 if dtype == torch.bfloat16 else 2e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=8e-2 if dtype == torch.bfloat16 else 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
