@@ -5,7 +5,7 @@
         print(output.text)
 
 In the order in which to read it: request, block_pool, scheduler, paged_attention, model, runner, sampler, engine, llm;
-then server.
+then async_engine, metrics, protocol, api, server.
 """
 
 from typing import Any
