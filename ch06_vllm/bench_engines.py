@@ -33,6 +33,7 @@ from common.logs import Progress, get_logger
 log = get_logger()
 START_S, TURN_S = 600, 600
 OURS, AGAIN = "ours", "ours-again"
+START = "import sys; from ch06_vllm.offline import wait_for_turns; wait_for_turns(*sys.argv[1:])"
 
 
 class Contestant:
@@ -46,7 +47,7 @@ class Contestant:
             python, env = str(servers.vllm_program("python")), servers.vllm_environment(1)
         self._lines: queue.Queue[str] = queue.Queue()
         self.child = process.Child(
-            [python, "-m", "ch06_vllm.offline", engine, str(model), json.dumps(options)],
+            [python, "-c", START, engine, str(model), json.dumps(options)],
             env={**env, "PYTHONPATH": str(process.ROOT)},
             on_line=self._lines.put,
             stdin=True,

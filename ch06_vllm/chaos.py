@@ -76,10 +76,8 @@ class Victim:
 
     async def gauges(self) -> dict[str, float]:
         """Requests that run, that wait, and the share of the KV cache that they hold, all ranks together."""
-        session = self.client._session
-        assert session
-        async with session.get(f"{self.server.url}/metrics") as answer:
-            text = await answer.text()
+        async with await self.send(b"", "GET /metrics") as connection:
+            text = (await connection.answer())[1].decode()
         return {
             name: sum(map(float, re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)", text, re.MULTILINE))) for name in GAUGES
         }
@@ -97,13 +95,18 @@ class Victim:
             await asyncio.sleep(0.02)
         return found
 
-    async def send(self, body: Json | bytes, path: str = "/v1/completions", length: int | None = None) -> Connection:
+    async def send(
+        self, body: Json | bytes, what: str = "POST /v1/completions", length: int | None = None
+    ) -> Connection:
         """A connection of its own, on which the request has been written."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        reader, writer = await asyncio.open_connection(*self.address)
-        head = f"POST {path} HTTP/1.1\r\nHost: chaos\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = f"{what} HTTP/1.1\r\nHost: chaos\r\nContent-Type: application/json\r\nConnection: close\r\n"
         head += f"Content-Length: {len(data) if length is None else length}\r\n\r\n"
-        writer.write(head.encode() + data)
+        return await self.connect(head.encode() + data)
+
+    async def connect(self, written: bytes) -> Connection:
+        reader, writer = await asyncio.open_connection(*self.address)
+        writer.write(written)
         return Connection(reader, writer)
 
     async def refused(self, body: Json | bytes, *statuses: int) -> Came:
@@ -178,22 +181,6 @@ async def cancels_batch(victim: Victim) -> Came:
     return Came(f"{cancelled} of 32 cancelled", cancelled == 32)
 
 
-async def malformed(victim: Victim) -> Came:
-    return await victim.refused(b'{"model": "x", "prompt": "never clo', 400)
-
-
-async def negative(victim: Victim) -> Came:
-    return await victim.refused(victim.body(max_tokens=-1), 400)
-
-
-async def unknown_model(victim: Victim) -> Came:
-    return await victim.refused(victim.body(model="no-such-model"), 404)
-
-
-async def huge_prompt(victim: Victim) -> Came:
-    return await victim.refused(victim.body(prompt="x = 1\n" * (10 * 2**20 // 6)), 400, 413)
-
-
 async def crowd(victim: Victim) -> Came:
     async def one() -> bool:
         async with await victim.send(victim.body(max_tokens=4)) as connection:
@@ -208,13 +195,13 @@ async def crowd(victim: Victim) -> Came:
 async def slow_loris(victim: Victim) -> Came:
     """Heads and bodies that never end; others must be served meanwhile."""
     async with contextlib.AsyncExitStack() as stack:
-        for number in range(100):
-            if number % 2:
-                await stack.enter_async_context(await victim.send(b'{"prompt": "', length=1000))
-            else:
-                reader, writer = await asyncio.open_connection(*victim.address)
-                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: cha")
-                await stack.enter_async_context(Connection(reader, writer))
+        for _ in range(50):
+            body, head = (
+                victim.send(b'{"prompt": "', length=1000),
+                victim.connect(b"POST /v1/completions HTTP/1.1\r\nHost"),
+            )
+            await stack.enter_async_context(await body)
+            await stack.enter_async_context(await head)
         same = await victim.greedy() == victim.expected
     return Came("another was served meanwhile" if same else "another was answered differently", same)
 
@@ -253,10 +240,10 @@ FAULTS: dict[str, Fault] = {
     "client leaves while its request runs": leaves_waiting,
     "40 clients leave, some in the queue": leaves_queue,
     "batch of 32 cancelled": cancels_batch,
-    "malformed JSON": malformed,
-    "max_tokens -1": negative,
-    "unknown model": unknown_model,
-    "10 MiB prompt": huge_prompt,
+    "malformed JSON": lambda victim: victim.refused(b'{"model": "x", "prompt": "never clo', 400),
+    "max_tokens -1": lambda victim: victim.refused(victim.body(max_tokens=-1), 400),
+    "unknown model": lambda victim: victim.refused(victim.body(model="no-such-model"), 404),
+    "10 MiB prompt": lambda victim: victim.refused(victim.body(prompt="x = 1\n" * (10 * 2**20 // 6)), 400, 413),
     "500 connections at once": crowd,
     "100 requests that never end (slow loris)": slow_loris,
 }
@@ -271,8 +258,7 @@ async def suffer(victim: Victim, name: str, fault: Fault) -> Json:
         row["same"] = await victim.greedy() == victim.expected
         row["left"] = await victim.until("an idle server", lambda gauges: not any(gauges.values()))
     row["seconds"] = time.perf_counter() - began
-    left = "nothing" if row["left"] else "?"
-    same = "yes" if row["same"] else "NO"
+    left, same = "nothing" if row["left"] else "?", "yes" if row["same"] else "NO"
     print(f"{name:42} {'ok   ' if came.right else 'WRONG'} {came.what:74} {left:8} {same}", flush=True)
     return row
 
@@ -293,9 +279,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = script.start(__file__, args)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    faults = dict(FAULTS)
-    if args.tensor_parallel_size > 1:
-        faults["kill -9 of a rank"] = killed_rank
+    faults = FAULTS | ({"kill -9 of a rank": killed_rank} if args.tensor_parallel_size > 1 else {})
     wanted = {"tensor-parallel-size": args.tensor_parallel_size, "max-num-seqs": 32, "max-num-batched-tokens": 512}
     with Server(folder, engine, wanted) as server:
         print(f"{'fault':42} {'':5} {'what came back':74} {'left':8} same", flush=True)

@@ -72,18 +72,14 @@ CONTESTANTS: dict[str, Callable[[str, dict[str, Any]], Generate]] = {
 }
 
 
-def main() -> None:
-    name, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+def wait_for_turns(name: str, model: str, options: str) -> None:
+    """What the process does; `options` is a JSON object."""
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever the libraries print is no reply
     start = time.perf_counter()
-    generate = CONTESTANTS[name](model, options)
+    generate = CONTESTANTS[name](model, json.loads(options))
     print(json.dumps({"ready": time.perf_counter() - start}), file=replies, flush=True)
     for line in sys.stdin:
         requests = json.loads(line)
         start = time.perf_counter()
         tokens = generate(requests)
         print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    main()

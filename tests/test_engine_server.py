@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ch06_vllm import chaos, make_model
-from ch06_vllm.engine import LLM, SamplingParams
+from ch06_vllm.engine import LLM, SamplingParams, async_engine
 from ch06_vllm.engine.async_engine import AsyncEngine, EngineDead
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.engine.request import Config, Output
@@ -426,8 +426,8 @@ def test_kill_9_of_a_rank_is_told_at_once_and_the_ranks_start_anew(ours_tp2: Ser
 
 
 def test_sigterm_lets_streams_finish_and_nobody_in(model: Path) -> None:
-    with Server(model, "ours", {"shutdown-timeout": 60}) as server:
-        tokens = 2000  # seconds
+    with Server(model, "ours", {"shutdown-timeout": 200}) as server:
+        tokens = 1000
         stream = client(server).completions.create(**greedy_for_client(server, tokens), stream=True)
         next(iter(stream))
         server.child.process.send_signal(signal.SIGTERM)
@@ -438,7 +438,7 @@ def test_sigterm_lets_streams_finish_and_nobody_in(model: Path) -> None:
         assert status == 503, answer
         *_, last = [chunk.choices[0] for chunk in stream]
         assert last.finish_reason == "length"
-        done = server.child.wait(60)
+        done = server.child.wait(200)
     assert done.returncode == 0, done.stderr
     assert done.result == {"requests": 1, "generation_tokens": tokens}
     with pytest.raises(urllib.error.URLError, match="refused"):
@@ -466,7 +466,7 @@ def test_sigterm_tells_those_that_take_too_long(model: Path) -> None:
         with pytest.raises(openai.APIError, match="the server is shutting down"):
             for _ in stream:
                 pass
-        done = server.child.wait(60)
+        done = server.child.wait(200)
     assert done.returncode == 0, done.stderr
 
 
@@ -585,6 +585,21 @@ def test_a_slow_reader_gets_all_in_few_pieces(engine: Engine) -> None:
         assert sum(len(output.token_ids) for output in got) == 200
         assert len(got) == 2
         assert got[-1].finish_reason == "length"
+
+    in_thread(engine, work)
+
+
+def test_the_other_ranks_get_a_sign_of_life_while_nothing_is_asked(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "KEEP_ALIVE_S", 0.01)
+    signs: list[None] = []
+    monkeypatch.setattr(engine.runner, "keep_alive", lambda: signs.append(None))
+
+    async def work(running: AsyncEngine) -> None:
+        while len(signs) < 2:
+            await asyncio.sleep(0.001)
+        assert [output.finish_reason async for output in running.generate([5], LONG)][-1] == "length"
 
     in_thread(engine, work)
 

@@ -70,7 +70,6 @@ class Service:
             Route("/v1/models", self.models),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
-            Route("/version", self.version),
         ]
         handlers = {
             RequestError: self.refuse,
@@ -93,9 +92,6 @@ class Service:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": "ch06"})
 
     async def models(self, request: Request) -> Response:
         card = {"id": self.model, "object": "model", "created": self.started, "owned_by": "ch06_vllm", "parent": None}

@@ -143,14 +143,14 @@ def supervise(args: argparse.Namespace, argv: list[str]) -> Json:
                     first.process.wait(args.shutdown_timeout + 15)
                 return first.wait(1).result or {}
             number, ended = next((n, child) for n, child in enumerate(ranks) if child.process.poll() is not None)
+            if not ready.is_set():
+                raise UserError(last_words([child.wait(10) for child in ranks]))
             if ended is not first:
                 first.process.send_signal(signal.SIGUSR1)  # its clients hear of it now, whatever it is stuck in
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     first.process.wait(3)
             for child in ranks:
                 child.kill()
-            if not ready.is_set():
-                raise UserError(last_words([child.wait(0) for child in ranks]))
         how = signal.Signals(-code).name if (code := ended.process.returncode) < 0 else f"exit code {code}"
         print(f"rank {number} ended ({how}); starting the ranks anew", file=sys.stderr, flush=True)
     raise UserError(f"the ranks ended {args.max_restarts + 1} times; see what ends them, or raise --max-restarts")
