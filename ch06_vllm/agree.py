@@ -141,7 +141,7 @@ def their_words(url: str, args: argparse.Namespace, seed: int) -> list[str]:
         "--dataset-name", "random", "--random-input-len", str(args.prompt_tokens),
         "--random-output-len", str(args.output_tokens), "--num-prompts", str(args.requests),
         "--request-rate", str(args.rate), "--num-warmups", str(args.warmup), "--seed", str(seed), "--ignore-eos",
-        "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm",
+        "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm", "--save-detailed",
     ]  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def draw_slots(ways: Mapping[str, Sequence[Served]], slots: int, path: Path) -> 
         tokens, seconds = sum(one.tokens for one in served), max(one.released_s for one in served)
         axis.set(ylabel="slot", ylim=(slots - 0.5, -0.5), title=f"{name}: {tokens / seconds:,.0f} useful tokens/s")
         axis.vlines([one.arrived_s for one in served], -0.5, 0, color="black", linewidth=0.5)
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("s     (orange: priority 0 or smaller; grey: done, but the batch is not; ticks: arrivals)")
     figure.savefig(path, dpi=110)

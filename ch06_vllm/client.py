@@ -191,7 +191,7 @@ class Client:
     # ------------------------------------------------------------ what one calls
 
     async def complete(self, prompt: str | Sequence[int], *, model: str, **options: Any) -> Answer:
-        """POST /v1/completions, streamed; `prompt` is text or token ids, `options` are the API's own fields."""
+        """POST /v1/completions, streamed: one answer. `prompt` is text or token ids, `options` the API's own fields."""
         return await self._collect("/v1/completions", {"model": model, "prompt": prompt, **options})
 
     async def chat(self, messages: Sequence[Json], *, model: str, **options: Any) -> Answer:
@@ -234,9 +234,8 @@ class Client:
                     closed_s = chunk.at_s
                 answer.finish_reason = chunk.finish_reason or answer.finish_reason
                 if usage := chunk.body.get("usage"):
-                    answer.prompt_tokens, answer.completion_tokens = map(
-                        usage.get, ("prompt_tokens", "completion_tokens")
-                    )
+                    answer.prompt_tokens = usage.get("prompt_tokens")
+                    answer.completion_tokens = usage.get("completion_tokens")
         if closed_s is not None and sum(answer.tokens) < (answer.completion_tokens or 0):
             answer.arrivals_s.append(closed_s)  # it brought the last token, of which nothing can be shown
             answer.tokens.append(1)

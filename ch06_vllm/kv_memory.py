@@ -4,8 +4,8 @@ You learn   internal fragmentation (half a block a request, whatever its length)
             costs; why more requests run at once; what a block size decides; what a shared prefix saves
 Laptop      python -m ch06_vllm.kv_memory
             python -m ch06_vllm.kv_memory --engine ours,vllm            (real vLLM from its /metrics: three starts)
-GPU node    python -m ch06_vllm.kv_memory --engine ours,vllm --preset 1b --cache-tokens 262144 --max-model-len 4096 \\
-                --requests 512 --prompt-tokens lognormal:512,0.8 --output-tokens lognormal:256,0.8
+GPU node    python -m ch06_vllm.kv_memory --engine ours,vllm --preset 1b --cache-tokens 65536 --max-model-len 4096 \\
+                --requests 256 --prompt-tokens lognormal:512,0.8 --output-tokens lognormal:256,0.8
 Cluster     nothing more: each replica has a cache of its own
 You see     peak blocks as the requests' lengths predict them, on ours to the block; waste of each way to lay out a
             cache; how many requests run at once in the same memory; the block sizes; hits and blocks saved by a prefix;
@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     parser.add_argument("--max-model-len", type=script.at_least(64), default=1024, help="longest request in tokens")
     parser.add_argument("--cache-tokens", type=script.at_least(64), default=8192, help="tokens the cache has room for")
-    parser.add_argument("--block-size", type=script.at_least(1), default=16)
+    parser.add_argument("--block-size", type=script.at_least(1), default=32, help="vLLM on a CPU wants multiples of 32")
     parser.add_argument("--requests", type=script.at_least(2), default=96)
     parser.add_argument("--prompt-tokens", type=load.lengths, default="lognormal:96,0.7")
     parser.add_argument("--output-tokens", type=load.lengths, default="lognormal:64,0.8")
@@ -72,7 +72,7 @@ class Setup:
 
     args: argparse.Namespace
     model: Path
-    prompt_tokens: int  # of all requests: they fit into one step
+    step_tokens: int  # the prompts of all that fit at once are computed in one step
 
     @contextlib.contextmanager
     def ours(self, block_size: int, caching: bool = True) -> Iterator[Run]:
@@ -85,7 +85,7 @@ class Setup:
             Config(
                 str(self.model), device=args.device, block_size=block_size, num_blocks=args.cache_tokens // block_size,
                 max_model_len=args.max_model_len, enable_prefix_caching=caching, max_num_seqs=args.requests,
-                max_num_batched_tokens=self.prompt_tokens,
+                max_num_batched_tokens=self.step_tokens,
             )
         )  # fmt: skip
 
@@ -96,7 +96,7 @@ class Setup:
         options = {
             "block-size": block_size, "kv-cache-memory-bytes": size, "max-model-len": args.max_model_len,
             "enable-prefix-caching": caching, "max-num-seqs": args.requests,
-            "max-num-batched-tokens": self.prompt_tokens,
+            "max-num-batched-tokens": self.step_tokens,
         }  # fmt: skip
         with Server(self.model, "vllm", options) as server:
             yield lambda requests: on_vllm(server.url, requests, policies(block_size, args.max_model_len))
@@ -106,12 +106,12 @@ def lengths(requests: Sequence[load.Request]) -> list[tuple[int, int]]:
     return [(len(request.prompt), request.max_tokens) for request in requests]
 
 
-def ragged(args: argparse.Namespace, ids: np.ndarray) -> list[load.Request]:
-    """Prompts up to half of max_model_len, answers up to the rest of it."""
+def ragged(args: argparse.Namespace, ids: np.ndarray, texts: int) -> list[load.Request]:
+    """Prompts up to half of max_model_len, answers up to the rest of it; other `texts`, the same lengths."""
     rng = np.random.default_rng(args.seed)
     prompts = np.minimum(args.prompt_tokens(rng, args.requests), args.max_model_len // 2)
     outputs = np.maximum(2, np.minimum(args.output_tokens(rng, args.requests), args.max_model_len - prompts))
-    return load.workload(ids, prompts, outputs, rng)
+    return load.workload(ids, prompts, outputs, np.random.default_rng((args.seed, texts)))
 
 
 def fitting(requests: list[load.Request], block_size: int, cache_tokens: int) -> list[load.Request]:
@@ -128,14 +128,19 @@ def with_prefix(args: argparse.Namespace, ids: np.ndarray) -> list[load.Request]
     count = min(args.requests, 16)
     tails, outputs = rng.integers(16, 64, count), rng.integers(16, 48, count)
     requests = load.workload(ids, tails, outputs, rng, shared_prefix=args.prefix_tokens)
-    return fitting(requests, args.block_size, args.cache_tokens)
+    requests = fitting(requests, args.block_size, args.cache_tokens)
+    if len(requests) < 3:
+        raise script.UserError(f"--cache-tokens {args.cache_tokens} has no room for three with the prefix; raise it")
+    return requests
 
 
-def measure(name: str, setup: Setup, requests: list[load.Request], alike: list[load.Request]) -> dict[str, Any]:
+def measure(
+    name: str, setup: Setup, ids: np.ndarray, some: list[load.Request], alike: list[load.Request]
+) -> dict[str, Any]:
     """One engine: paged, in one piece, with a shared prefix and without the cache of prefixes."""
     args, start = setup.args, getattr(setup, name)
     size = args.block_size
-    some = fitting(requests, size, args.cache_tokens)
+    requests = ragged(args, ids, texts=1)  # the same texts as in `some` would be found in the prefix cache
     first, others = alike[:1], alike[1:]
     with start(size) as run:
         log.info(f"{name}: requests that fit at once", requests=len(some))
@@ -150,6 +155,7 @@ def measure(name: str, setup: Setup, requests: list[load.Request], alike: list[l
         alone = run(others)
     with start(args.max_model_len) as run:
         log.info(f"{name}: one piece a request")
+        run(first)
         pieces = run(requests)
     prefix = args.prefix_tokens // size
     expected = {
@@ -166,6 +172,7 @@ def measure(name: str, setup: Setup, requests: list[load.Request], alike: list[l
         "fits": fits, "paged": paged, "pieces": pieces, "expected": expected, "found": found,
         "largest_error": max(abs(found[key] / expected[key] - 1) for key in expected),
         "hit_rate": shared.hits / shared.queries, "hits_without_cache": alone.hits,
+        "predicted_hit_rate": expected["prefix_hits"] / sum(prompt for prompt, _ in lengths(others)),
         "blocks_saved": alone.peak_blocks - shared.peak_blocks,
     }  # fmt: skip
 
@@ -218,9 +225,11 @@ def figures(name: str, m: dict[str, Any]) -> dict[str, Any]:
         "empty_a_request": m["fits"].empty_a_request, **{f"waste_{key}": m["fits"].waste(key) for key in NAMES},
         "running_paged": paged.running_mean, "running_in_one_piece": pieces.running_mean,
         "running_times": paged.running_mean / pieces.running_mean,
+        "most_running_paged": paged.running_peak, "most_running_in_one_piece": pieces.running_peak,
         "tokens_per_s_paged": paged.tokens / paged.seconds, "tokens_per_s_in_one_piece": pieces.tokens / pieces.seconds,
         "prefix_hits": m["found"]["prefix_hits"], "predicted_prefix_hits": m["expected"]["prefix_hits"],
-        "hit_rate": m["hit_rate"], "hits_without_cache": m["hits_without_cache"], "blocks_saved": m["blocks_saved"],
+        "hit_rate": m["hit_rate"], "predicted_hit_rate": m["predicted_hit_rate"],
+        "hits_without_cache": m["hits_without_cache"], "blocks_saved": m["blocks_saved"],
     }  # fmt: skip
     return {f"{name}_{key}": value for key, value in found.items()}
 
@@ -230,15 +239,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run = script.start(__file__, args)
     model = args.model or make_model.model_folder(make_model.Recipe(args.preset))
     ids = load.usable_ids(model)
-    requests, alike = ragged(args, ids), with_prefix(args, ids)
-    prompts = max(sum(len(request.prompt) for request in group) for group in (requests, alike))
-    setup = Setup(args, model, max(prompts, args.max_model_len))
-    measured = {name: measure(name, setup, requests, alike) for name in args.engine}
-    some = fitting(requests, args.block_size, args.cache_tokens)
+    some = fitting(ragged(args, ids, texts=0), args.block_size, args.cache_tokens)
+    alike = with_prefix(args, ids)
+    prompts = max(sum(len(request.prompt) for request in group) for group in (some, alike))
+    setup = Setup(args, model, max(prompts, args.max_model_len, args.requests))
+    measured = {name: measure(name, setup, ids, some, alike) for name in args.engine}
     rows = sweep(setup, some)
     print(table(measured, rows))
     plot(measured, rows, DECODING, run.path("kv_memory.png"))
-    result: dict[str, Any] = {"requests": len(requests), "requests_that_fit": len(some), "block_size": args.block_size}
+    result: dict[str, Any] = {"requests": args.requests, "requests_that_fit": len(some), "block_size": args.block_size}
     for name, m in measured.items():
         result |= figures(name, m)
     return result | {"sweep": rows}

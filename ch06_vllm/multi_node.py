@@ -30,12 +30,12 @@ from common.bootstrap import gpus_visible
 LAUNCH = Path("ch06_vllm/launch")
 PORT, LINE_PORT = 8000, 8001
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2}),
-    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2}),
-    "data": ("data_parallel.sh", {}),
-    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2}),
+    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2, "kv-cache-memory-bytes": "256M"}),
+    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2, "gpu-memory-utilization": 0.1}),
+    "data": ("data_parallel.sh", {"kv-cache-memory-bytes": "256M"}),
+    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2, "kv-cache-memory-bytes": "256M"}),
 }
-SMALL: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": "256M", "max-model-len": 1024}
+SMALL: dict[str, Any] = {"enforce-eager": True, "max-model-len": 1024}
 REFUSED = "does not support ray"
 
 

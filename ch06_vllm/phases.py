@@ -38,7 +38,7 @@ from ch06_vllm.servers import Server
 from common import dist, lm, logs, script
 
 log = logs.get_logger()
-BLOCK = 16
+BLOCK = 32  # vLLM's CPU kernels are made for multiples of it
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ def plot(config: Any, measured: dict[str, dict[Shape, float]], ceilings: Ceiling
             )
     prefill.set(xlabel="prompt tokens", ylabel="tokens/s", xscale="log", yscale="log", title="prefill of one prompt")
     decode.set(xlabel="requests in the batch", xscale="log", yscale="log", title="decode")
-    for axis in (prefill, decode):
+    for axis, values in ((prefill, [s.tokens for s in alone]), (decode, sorted({s.batch for s in steps}))):
+        axis.set_xticks(values, map(str, values))
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
         axis.grid(which="major", color="#eeeeee")
     figure.savefig(path, dpi=110)

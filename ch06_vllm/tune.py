@@ -38,7 +38,7 @@ log = logs.get_logger()
 Options = dict[str, Any]
 START: Options = {
     "max-num-seqs": 64, "max-num-batched-tokens": 2048, "enable-chunked-prefill": True, "enable-prefix-caching": True,
-    "block-size": 16,
+    "block-size": 32,
 }  # fmt: skip
 FASTER = 0.95  # of the tail, where as many requests are within the objective: what is nearer is noise
 
@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     axes.add_argument("--max-num-batched-tokens", type=optional(numbers), default="128,512,2048")
     axes.add_argument("--enable-chunked-prefill", type=optional(switch), default="on,off")
     axes.add_argument("--enable-prefix-caching", type=optional(switch), default="on,off")
-    axes.add_argument("--block-size", type=optional(numbers), default="8,16,64")
+    axes.add_argument("--block-size", type=optional(numbers), default="16,32,128")
     parser.add_argument("--attainment", type=script.positive, default=0.95, help="share of requests within the SLO")
     bench_serve.add_load_flags(parser)
     parser.set_defaults(rate=12.0, requests=72, prompt_tokens=load.lengths("16-256"), shared_prefix=192,

@@ -22,9 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ch06_vllm.engine import LLM, Config, SamplingParams, engine, paged_attention, runner
+from ch06_vllm.engine import LLM, Config, SamplingParams, engine, model, runner
 from ch06_vllm.engine.engine import Engine
+from ch06_vllm.engine.kernels import InTorch
 from ch06_vllm.engine.model import Model, Shard
+from ch06_vllm.engine.paged_attention import Step
 from ch06_vllm.engine.request import Logprob, Output, Request
 from ch06_vllm.engine.runner import Runner
 from ch06_vllm.engine.scheduler import Scheduler, Share
@@ -133,7 +135,7 @@ class Arrival:
 class Schedule:
     model: str
     dtype: str
-    compiled: bool  # attention by the C loop, where the type has one
+    compiled: bool  # the C loops, where the type has them
     block_size: int
     spare: int  # blocks, beyond what the longest request needs
     max_num_seqs: int
@@ -227,7 +229,7 @@ def test_every_schedule_gives_the_tokens_of_generate(
     references: dict[str, Reference], loaded_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Counter[str] = Counter()
-    with_c_loop = paged_attention.compiled
+    in_c = model.kernels
     counted = Scheduler.computed
 
     def computed(scheduler: Scheduler, share: Share) -> None:
@@ -240,7 +242,7 @@ def test_every_schedule_gives_the_tokens_of_generate(
     @settings(max_examples=400, deadline=None)
     @given(SCHEDULES)
     def run(schedule: Schedule) -> None:
-        monkeypatch.setattr(paged_attention, "compiled", with_c_loop if schedule.compiled else lambda *_: None)
+        monkeypatch.setattr(model, "kernels", in_c if schedule.compiled else lambda *_: InTorch())
         reference = references[schedule.model]
         drive = Drive(Engine(schedule.config(reference.folder), torch.device("cpu")), seen)
         wanted = {}
@@ -345,11 +347,11 @@ def forced_logits(folder: Path, dtype: str, sequences: list[list[int]], start: i
     return [torch.stack(rows[request_id]) for request_id in sequence_of]
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[paged_attention.Step], None]) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[Step], None]) -> None:
     """Something wrong in every step that generates; the prompts are computed as they should be."""
     original = Runner._step
 
-    def wrong(self: Runner, shares: list[Share]) -> paged_attention.Step:
+    def wrong(self: Runner, shares: list[Share]) -> Step:
         step = original(self, shares)
         if not step.chunks:
             change(step)
@@ -358,19 +360,19 @@ def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[paged_attention.Ste
     monkeypatch.setattr(Runner, "_step", wrong)
 
 
-def wrong_position(step: paged_attention.Step) -> None:
+def wrong_position(step: Step) -> None:
     step.positions += 1
 
 
-def no_rotation(step: paged_attention.Step) -> None:
+def no_rotation(step: Step) -> None:
     step.positions *= 0
 
 
-def does_not_see_the_newest(step: paged_attention.Step) -> None:
+def does_not_see_the_newest(step: Step) -> None:
     step.lengths -= 1
 
 
-def does_not_see_the_first(step: paged_attention.Step) -> None:
+def does_not_see_the_first(step: Step) -> None:
     step.tables[:, 0] = step.tables[:, 1]
 
 

@@ -421,14 +421,14 @@ def test_the_search_finds_the_best_of_each_axis_and_measures_nothing_twice(
         if error := tune.impossible(options, args.max_model_len):
             return tune.Point(options, error=error)
         better = (
-            (options["max-num-seqs"] == 16) + (options["max-num-batched-tokens"] == 512) + (options["block-size"] == 8)
+            (options["max-num-seqs"] == 16) + (options["max-num-batched-tokens"] == 512) + (options["block-size"] == 16)
         )
         return point(options, 0.5 + 0.1 * better)
 
     monkeypatch.setattr(tune, "measure", measured)
     args = tune.arguments([])
     best, tried = tune.search(args, Path(), ids)
-    assert best.options == tune.START | {"max-num-seqs": 16, "max-num-batched-tokens": 512, "block-size": 8}
+    assert best.options == tune.START | {"max-num-seqs": 16, "max-num-batched-tokens": 512, "block-size": 16}
     assert len(asked) == len(tried) == len({tuple(options.items()) for options in asked})
     assert [p.options for p in tried if p.error] == [tune.START | {"max-num-seqs": 16, "max-num-batched-tokens": 512,
                                                                    "enable-chunked-prefill": False}]  # fmt: skip
@@ -466,7 +466,7 @@ def test_kv_memory_script(tmp_path: Path) -> None:
     assert done.result, done.stderr
     assert done.result["ours_largest_error"] == 0
     assert done.result["ours_blocks_saved"] > 0 == done.result["ours_hits_without_cache"]
-    assert done.result["ours_running_times"] > 1.5
+    assert done.result["ours_most_running_in_one_piece"] == 2048 // 256 < done.result["ours_most_running_paged"]
     assert [row["block_size"] for row in done.result["sweep"]] == [8, 32]
     assert (tmp_path / "kv_memory.png").stat().st_size > 10_000
 
@@ -524,9 +524,10 @@ def test_stall_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        ("kv_memory", ["--cache-tokens", "1000"], "is no multiple of 16"),
+        ("kv_memory", ["--cache-tokens", "1000"], "is no multiple of 32"),
         ("kv_memory", ["--engine", "sglang"], "'sglang' is no engine; take ours or vllm"),
         ("kv_memory", ["--prefix-tokens", "600"], "more than half of --max-model-len"),
+        ("kv_memory", ["--cache-tokens", "1024", "--prefix-tokens", "400"], "has no room for three with the prefix"),
         ("phases", ["--engine", "both"], "'both' is no engine"),
         ("continuous_batching", ["--workload", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         ("continuous_batching", ["--stall", "--chunk", "16", "--running", "20"], "leaves no token beside"),
@@ -546,7 +547,7 @@ def test_tune_script_on_our_server(tmp_path: Path) -> None:
     flags = ["--requests", "6", "--rate", "20", "--warmup", "1", "--max-num-seqs", "2", "--max-num-batched-tokens", "",
              "--enable-chunked-prefill", "", "--enable-prefix-caching", "", "--block-size", "", "--slo", "ttft:60000",
              "--slo", "tpot:60000", "--run-dir", tmp_path]  # fmt: skip
-    done = run_script("ch06_vllm/tune.py", flags)
+    done = run_script("ch06_vllm/tune.py", flags, timeout_s=280)  # four servers
     assert done.result, done.stderr
     assert done.result["points"] == 2
     assert done.result["slo_holds"] is True

@@ -238,7 +238,7 @@ def test_sigterm_lets_a_running_stream_finish() -> None:
         engine = psutil.Process(starter.child.process.pid).children(recursive=True)
         (served,) = servers.models(starter.url)
         connection = http.client.HTTPConnection(starter.url.removeprefix("http://"), timeout=120)
-        body = {"model": served, "prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "stream": True}
+        body = {"model": served, "prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         stream = connection.getresponse()
@@ -248,7 +248,7 @@ def test_sigterm_lets_a_running_stream_finish() -> None:
         assert starter.stopping.wait(30)
         events = [line[6:] for line in stream.read().decode().splitlines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["usage"]["completion_tokens"] == 600
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == 200
         done = starter.child.wait(60)
     assert not [p for p in engine if p.is_running()]
     assert done.returncode == 0, done.stderr

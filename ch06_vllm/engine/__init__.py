@@ -4,8 +4,8 @@
     for output in LLM("path/to/model").generate(["def main("], SamplingParams(max_tokens=32, temperature=0)):
         print(output.text)
 
-In the order in which to read it: request, block_pool, scheduler, paged_attention, model, runner, sampler, engine, llm;
-then server.
+In the order in which to read it: request, block_pool, scheduler, kernels, paged_attention, model, runner, sampler,
+engine, llm; then server.
 """
 
 from typing import Any

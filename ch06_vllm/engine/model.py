@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ch04_fsdp.weights import Stored, checkpoint_files
+from ch06_vllm.engine.kernels import kernels
 from ch06_vllm.engine.paged_attention import LayerCache, Step, attention
 from common import lm
 from common.script import UserError
@@ -89,6 +90,7 @@ class Model:
         self.heads = config.num_attention_heads // shard.world_size
         self.kv_heads = config.num_key_value_heads // shard.world_size
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kernels = kernels(device.type, self.dtype, self.head_dim)
         self._read()
         self.cos, self.sin = self._rotations()
         self.caches: list[LayerCache] = []
@@ -154,12 +156,12 @@ class Model:
         stored.refuse_all_but(seen)
 
     def _rotations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of every position, [max_len, 1, head_dim], by transformers: it knows all the scalings."""
+        """cos and sin of every position, [max_len, head_dim], by transformers: it knows all the scalings."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         angles = LlamaRotaryEmbedding(self.config)
         cos, sin = angles(torch.empty(0), torch.arange(self.max_len).unsqueeze(0))
-        return tuple(x[0].unsqueeze(1).to(self.device, self.dtype) for x in (cos, sin))  # type: ignore[return-value]
+        return tuple(x[0].to(self.device, self.dtype) for x in (cos, sin))  # type: ignore[return-value]
 
     @property
     def cache_bytes_a_token(self) -> int:
@@ -175,30 +177,28 @@ class Model:
     @torch.inference_mode()
     def __call__(self, step: Step) -> torch.Tensor | None:
         """Logits [samples, v] of the rows that the step asks for; on rank 0 only."""
-        x_te = F.embedding(step.tokens, self.embedding)
-        cos, sin = self.cos[step.positions], self.sin[step.positions]
+        eps, do = self.config.rms_norm_eps, self.kernels
+        x_te, delta_te = F.embedding(step.tokens, self.embedding), None  # a sublayer's output is added by the next norm
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            x_te = x_te + self._attend(layer, cache, self._norm(x_te, layer.attention_norm), cos, sin, step)
-            gate_up = layer.gate_up(self._norm(x_te, layer.mlp_norm))
-            gate_tf, up_tf = gate_up.chunk(2, dim=-1)
-            x_te = x_te + self.shard.add_up(layer.down(F.silu(gate_tf) * up_tf))
+            delta_te = self._attend(layer, cache, do.add_norm(x_te, delta_te, layer.attention_norm, eps), step)
+            gate_up = layer.gate_up(do.add_norm(x_te, delta_te, layer.mlp_norm, eps))
+            delta_te = self.shard.add_up(layer.down(do.gate(gate_up)))
         if not len(step.samples):
             return None
-        return self._whole(self.head(self._norm(x_te[step.samples], self.final_norm)))
+        x_ne, delta_ne = x_te[step.samples], delta_te[step.samples]
+        return self._whole(self.head(do.add_norm(x_ne, delta_ne, self.final_norm, eps)))
 
-    def _attend(
-        self, layer: Layer, cache: LayerCache, x_te: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Step
-    ) -> torch.Tensor:
+    def _attend(self, layer: Layer, cache: LayerCache, x_te: torch.Tensor, step: Step) -> torch.Tensor:
         qkv_thd = layer.qkv(x_te).view(len(x_te), -1, self.head_dim)
         q_thd, k_tkd, v_tkd = qkv_thd.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if layer.query_norm is not None:
-            q_thd, k_tkd = self._norm(q_thd, layer.query_norm), self._norm(k_tkd, layer.key_norm)
-        q_thd, k_tkd = _rotate(q_thd, cos, sin), _rotate(k_tkd, cos, sin)
-        attended = attention(q_thd, k_tkd, v_tkd, cache, step)
+            q_thd, k_tkd = (
+                self.kernels.add_norm(x.contiguous(), None, weight, self.config.rms_norm_eps)
+                for x, weight in ((q_thd, layer.query_norm), (k_tkd, layer.key_norm))
+            )
+        self.kernels.rotate_and_store(q_thd, k_tkd, v_tkd, self.cos, self.sin, cache, step)
+        attended = attention(q_thd, k_tkd, v_tkd, cache, step, self.kernels)
         return self.shard.add_up(layer.out(attended.flatten(1)))
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Each rank has the logits of its part of the vocabulary; rank 0 gets all."""
@@ -210,9 +210,3 @@ class Model:
         parts = [torch.empty_like(padded) for _ in widths] if self.shard.rank == 0 else None
         dist.gather(padded, parts)
         return torch.cat([p[:, :w] for p, w in zip(parts, widths, strict=True)], dim=1) if parts else None
-
-
-def _rotate(x_thd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021): pairs (i, i + d/2) turn by their position's angle."""
-    first, second = x_thd.chunk(2, dim=-1)
-    return x_thd * cos + torch.cat((-second, first), dim=-1) * sin
