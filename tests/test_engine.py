@@ -239,7 +239,7 @@ def test_every_schedule_gives_the_tokens_of_generate(
 
     monkeypatch.setattr(Scheduler, "computed", computed)
 
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=400, deadline=None)
     @given(SCHEDULES)
     def run(schedule: Schedule) -> None:
         monkeypatch.setattr(model, "kernels", in_c if schedule.compiled else lambda *_: InTorch())
@@ -268,9 +268,9 @@ def test_every_schedule_gives_the_tokens_of_generate(
 
     run()
     # The schedules were what they claim to be.
-    assert seen["schedules"] >= 500
+    assert seen["schedules"] >= 400
     assert min(seen["stop"], seen["length"], seen["cancelled"]) > 50, seen
-    assert min(seen["preemptions"], seen["after preemption"], seen["chunks"], seen["hits"]) > 100, seen
+    assert min(seen["preemptions"], seen["after preemption"], seen["chunks"], seen["hits"]) > 50, seen
 
 
 @pytest.mark.parametrize("right", [True, False])

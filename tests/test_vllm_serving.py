@@ -219,7 +219,7 @@ class Starter:
             self.stopping.set()
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while not self.ready.wait(0.2):
             assert self.child.process.poll() is None, "".join(self.child.err)
             assert time.monotonic() < deadline, "".join(self.child.err)
@@ -232,6 +232,7 @@ class Starter:
 
 
 @needs_vllm
+@pytest.mark.timeout(700)
 def test_sigterm_lets_a_running_stream_finish() -> None:
     with Starter("single", "--grace-s", "120") as starter:
         starter.wait_until_ready()
@@ -257,6 +258,7 @@ def test_sigterm_lets_a_running_stream_finish() -> None:
 
 
 @needs_vllm
+@pytest.mark.timeout(700)
 def test_kill_9_of_the_starter_leaves_no_process() -> None:
     with Starter("quantised") as starter:
         starter.wait_until_ready()
