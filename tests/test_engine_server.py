@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import signal
@@ -229,9 +230,8 @@ def test_answers_have_the_shape_of_vllms(ours: Server, vllm_server: Server, path
     own["usage"].pop("prompt_tokens_details")  # vLLM tells them with --enable-prompt-tokens-details
     assert extends(shape(theirs), shape(own)), f"{shape(own)}\n{shape(theirs)}"
     own, theirs = (events(server, path, asked | {"model": server.model}) for server in (ours, vllm_server))
-    assert len(own) == len(theirs)
     own[-1]["usage"].pop("prompt_tokens_details")
-    for one, other in zip(own, theirs, strict=True):
+    for one, other in ((own[at], theirs[at]) for at in (0, -2, -1)):  # a busy server brings several tokens in one event
         assert extends(shape(other), shape(one)), f"{shape(one)}\n{shape(other)}"
 
 
@@ -248,6 +248,7 @@ REFUSED: list[tuple[str, Json | bytes, int, str | None]] = [
     ("/v1/completions", {"prompt": [5] * 5000}, 400, None),
     ("/v1/completions", {"prompt": "word " * 30000}, 400, None),
     ("/v1/completions", {"prompt": [5, 10**9]}, 400, None),
+    ("/v1/completions", {"prompt": ["a"] * 1025}, 400, "prompt"),
     ("/v1/completions", {"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("/v1/completions", {"prompt": PROMPT, "model": "none-such"}, 404, None),
     ("/v1/chat/completions", {"messages": [{"content": "no role"}]}, 400, None),
@@ -398,8 +399,15 @@ def test_a_request_that_does_not_come_to_its_end_is_let_go(ours: Server) -> None
 # ---------------------------------------------------------------- a bad day
 
 
-@pytest.mark.parametrize("fault", chaos.FAULTS)
-@pytest.mark.parametrize("name", ["ours", "ours_tp2", "vllm_server"])
+def with_queue(name: str, fault: str) -> bool:
+    """The vLLM that the tests share runs more at once than that many."""
+    return name != "vllm_server" or "in the queue" not in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [pair for pair in itertools.product(("ours", "ours_tp2", "vllm_server"), chaos.FAULTS) if with_queue(*pair)],
+)
 def test_a_fault_is_answered_rightly_and_leaves_nothing(
     name: str, fault: str, reference: list[int], request: pytest.FixtureRequest
 ) -> None:

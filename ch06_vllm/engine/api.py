@@ -12,7 +12,7 @@ import functools
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 import uvicorn
@@ -46,7 +46,7 @@ from ch06_vllm.engine.request import Output, SamplingParams
 T = TypeVar("T")
 Json = dict[str, Any]
 Wanted = tuple[Sequence[int], SamplingParams]
-INLINE_CHARACTERS = 4096  # a text up to this long is tokenised at once; a longer one in a thread
+INLINE_CHARACTERS = 4096  # so much text is tokenised at once; more of it in a thread, which others need not wait for
 
 
 class Service:
@@ -102,14 +102,16 @@ class Service:
         body = parse(CompletionBody, await self.read(request))
         self.check_model(body.model)
         params = body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
-        prompts = [await self.tokens(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
+        prompts: Any = body.prompts()
+        if isinstance(prompts[0], str):
+            prompts = await self.tokens(prompts)
         wanted = [(prompt, each) for prompt in prompts for each in body.choices(params)]
         return await self.answer(request, body, Reply(self.model, self.encoder), wanted)
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatBody, await self.read(request))
         self.check_model(body.model)
-        prompt = await self.tokens(self.render(body), special=False)
+        (prompt,) = await self.tokens([self.render(body)], special=False)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         rest = max(1, self.max_len - len(prompt))
         params = body.sampling(rest if limit is None else limit, (body.top_logprobs or 0) if body.logprobs else None)
@@ -145,21 +147,21 @@ class Service:
         if name not in (None, self.model):
             raise RequestError(f"The model `{name}` does not exist.", 404, "model", "NotFoundError")
 
-    async def tokens(self, text: str, *, special: bool = True) -> list[int]:
+    async def tokens(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """
         Raises:
             RequestError: so many characters do not fit the context, whatever tokens they make.
         """
-        if len(text) > self.max_len * self.longest_token:
+        longest = max(map(len, texts))
+        if longest > self.max_len * self.longest_token:
             raise RequestError(
-                f"the prompt's {len(text)} characters are more tokens than the model's context of {self.max_len}; "
+                f"the prompt's {longest} characters are more tokens than the model's context of {self.max_len}; "
                 "shorten it",
                 param="prompt",
             )
-        encode = functools.partial(self.encoder.encode_batch, [text], add_special_tokens=special)
-        encoded = encode() if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
-        ids: list[int] = encoded[0].ids
-        return ids
+        encode = functools.partial(self.encoder.encode_batch, texts, add_special_tokens=special)
+        inline = sum(map(len, texts)) <= INLINE_CHARACTERS
+        return [encoded.ids for encoded in (encode() if inline else await asyncio.to_thread(encode))]
 
     def render(self, body: ChatBody) -> str:
         """
@@ -303,8 +305,9 @@ class HttpServer(uvicorn.Server):
 
     ready = ""
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -21,6 +21,7 @@ from ch06_vllm.engine.request import Logprob, Output, SamplingParams
 
 Json = dict[str, Any]
 Body = TypeVar("Body", bound="_Body")
+MAX_PROMPTS = 1024  # of one request, as in vLLM
 
 # What this engine does not do, and the values that ask for nothing. A request that means it gets an error, not another
 # answer than it asked for; what is in no list here changes no answer and is ignored (user, metadata, ...).
@@ -79,7 +80,7 @@ class _Body(BaseModel, extra="allow"):
             RequestError: a value is out of range.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        wanted = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "logprobs": logprobs}
+        wanted: Json = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "logprobs": logprobs}
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -110,6 +111,10 @@ class CompletionBody(_Body):
         prompt = self.prompt
         if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _are(prompt, int)):
             prompt = [prompt]
+        if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS:
+            raise RequestError(
+                f"{len(prompt)} prompts are too many; send at most {MAX_PROMPTS} at once", param="prompt"
+            )
         if not isinstance(prompt, list) or not prompt or not all(prompt):
             raise RequestError(
                 "there is no prompt; give a text, a list of texts, token ids or lists of them", param="prompt"

@@ -57,7 +57,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         if field.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         elif field.name not in shared:
-            kind = {"str": str, "float | None": script.positive}.get(str(field.type), script.at_least(1))
+            kinds: dict[str, Callable[[str], Any]] = {"str": str, "float | None": script.positive}
+            kind = kinds.get(str(field.type), script.at_least(1))
             parser.add_argument(flag, type=kind, default=field.default)
     args = parser.parse_args(argv)
     args.served_model_name = args.served_model_name or Path(args.model).name
@@ -142,7 +143,7 @@ def supervise(args: argparse.Namespace, argv: list[str]) -> Json:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     first.process.wait(args.shutdown_timeout + 15)
                 return first.wait(1).result or {}
-            number, ended = next((n, child) for n, child in enumerate(ranks) if child.process.poll() is not None)
+            lost, ended = next((n, child) for n, child in enumerate(ranks) if child.process.poll() is not None)
             if not ready.is_set():
                 raise UserError(last_words([child.wait(10) for child in ranks]))
             if ended is not first:
@@ -152,7 +153,7 @@ def supervise(args: argparse.Namespace, argv: list[str]) -> Json:
             for child in ranks:
                 child.kill()
         how = signal.Signals(-code).name if (code := ended.process.returncode) < 0 else f"exit code {code}"
-        print(f"rank {number} ended ({how}); starting the ranks anew", file=sys.stderr, flush=True)
+        print(f"rank {lost} ended ({how}); starting the ranks anew", file=sys.stderr, flush=True)
     raise UserError(f"the ranks ended {args.max_restarts + 1} times; see what ends them, or raise --max-restarts")
 
 
