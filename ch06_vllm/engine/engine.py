@@ -119,7 +119,7 @@ class Engine:
         params, detokenizer = request.params, self._detokenizers[request.request_id]
         stop_text = None
         if token in self._end_tokens and not params.ignore_eos:
-            output.finish_reason, output.stop_reason = "stop", token
+            output.finish_reason = "stop"
         else:
             output.text, stop_text = detokenizer.add(token)
             if stop_text is not None:

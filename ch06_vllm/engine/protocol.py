@@ -217,7 +217,7 @@ class Reply:
         else:
             more += ', "logprobs": null'
         if output.finish_reason:
-            more += f', "finish_reason": "{output.finish_reason}", "stop_reason": {json.dumps(stop_reason(output))}'
+            more += f', "finish_reason": "{output.finish_reason}", "stop_reason": {json.dumps(output.stop_reason)}'
         else:
             more += ', "finish_reason": null'
         return f"data: {self._begin}{number}, {self._text(output.text)}{more}}}]}}\n\n".encode()
@@ -234,7 +234,7 @@ class Reply:
         choices = [
             {"index": number, **self._choice(output.text),
              "logprobs": self.logprobs(output.logprobs, number) if output.logprobs else None,
-             "finish_reason": output.finish_reason, "stop_reason": stop_reason(output), **extra}
+             "finish_reason": output.finish_reason, "stop_reason": output.stop_reason, **extra}
             for number, (output, extra) in enumerate(zip(outputs, extras, strict=True))
         ]  # fmt: skip
         return {**self.head, "choices": choices, "usage": totals}
@@ -293,11 +293,6 @@ class ChatReply(Reply):
 
     def _choice(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text}}
-
-
-def stop_reason(output: Output) -> str | int | None:
-    """The stop text; None for an end token, as in vLLM."""
-    return output.stop_reason if isinstance(output.stop_reason, str) else None
 
 
 def finite(logprob: float) -> float:

@@ -113,7 +113,7 @@ class Output:
     text: str = ""
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # the stop text or token that ended it
+    stop_reason: str | None = None  # the stop text that ended it; None for an end token, as in vLLM
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
