@@ -112,7 +112,10 @@ def loaded_once() -> Iterator[None]:
 
         @functools.cache
         def model(name: str, dtype: str, device: torch.device, max_len: int | None) -> Any:
-            return original(name, dtype, device, Shard(), max_len)
+            made = original(name, dtype, device, Shard(), max_len)
+            made.load()
+            made.load = lambda: None
+            return made
 
         patch.setattr(runner, "Model", lambda name, dtype, device, shard, max_len: model(name, dtype, device, max_len))
         patch.setattr(lm, "load_tokenizer", functools.cache(lm.load_tokenizer))
@@ -593,9 +596,12 @@ def test_a_checkpoint_of_several_files(references: dict[str, Reference], tmp_pat
     ],
 )
 def test_refused(
-    name: str, change: dict, settings: dict, words: str, references: dict[str, Reference], tmp_path: Path
-) -> None:
+    name: str, change: dict, settings: dict, words: str, references: dict[str, Reference], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     folder = copied(references[name].folder, tmp_path / "model", change)
+    if settings:  # are refused before any weights are read
+        monkeypatch.setattr(Model, "load", lambda _: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=words):
         LLM(str(folder), device="cpu", **settings)
 

@@ -69,7 +69,8 @@ class Layer:
 
 
 class Model:
-    """
+    """What config.json says of it; then `load` reads the weights, and `allocate_cache` makes room.
+
     Raises:
         UserError: no such model, one that this engine would compute wrongly, or heads that ranks cannot share out.
     """
@@ -91,8 +92,6 @@ class Model:
         self.kv_heads = config.num_key_value_heads // shard.world_size
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels = kernels(device.type, self.dtype, self.head_dim)
-        self._read()
-        self.cos, self.sin = self._rotations()
         self.caches: list[LayerCache] = []
 
     def _refuse_others(self, name: str) -> None:
@@ -114,8 +113,12 @@ class Model:
             if not fine:
                 raise UserError(f"{name!r} {what}")
 
-    def _read(self) -> None:
-        """All weights, of each the part that this rank holds."""
+    def load(self) -> None:
+        """Read all weights, of each the part that this rank holds.
+
+        Raises:
+            UserError: one is missing, has another shape, or has no place in this model.
+        """
         config, hidden, own = self.config, self.config.hidden_size, self.shard.of
         stored = Stored(self.folder)
         seen = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -154,6 +157,7 @@ class Model:
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.head = Linear(read(head, vocab, hidden, rows=own(vocab)))
         stored.refuse_all_but(seen)
+        self.cos, self.sin = self._rotations()
 
     def _rotations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position, [max_len, head_dim], by transformers: it knows all the scalings."""
@@ -166,7 +170,7 @@ class Model:
     @property
     def cache_bytes_a_token(self) -> int:
         """Bytes of keys and values of one token, in all layers, on this rank."""
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.config.num_hidden_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         shape = (num_blocks, block_size, self.kv_heads, self.head_dim)

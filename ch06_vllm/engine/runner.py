@@ -22,19 +22,25 @@ class Runner:
         self.shard = shard or Shard()
         self.model = Model(config.model, config.dtype, device, self.shard, config.max_model_len)
         self.block_size = config.block_size
-        self.num_blocks = self._agreed(config.num_blocks or self._fitting(config))
-        self._check(config)
+        self._check_step(config)  # whatever can be refused is, before the weights are read
+        asked = config.num_blocks
+        if asked is None and config.kv_cache_gib is not None:
+            asked = self._blocks_in(config.kv_cache_gib * 2**30)
+        if asked is not None:
+            self._check_cache(asked)
+        self.model.load()
+        self.num_blocks = self._agreed(self._blocks_in(self._room()) if asked is None else asked)
+        self._check_cache(self.num_blocks)
         self.model.allocate_cache(self.num_blocks, self.block_size)
 
-    def _fitting(self, config: Config) -> int:
-        """Blocks that fit into the memory for the cache."""
-        if config.kv_cache_gib is not None:
-            room = config.kv_cache_gib * 2**30
-        elif self.model.device.type == "cuda":
+    def _room(self) -> float:
+        """Bytes for this rank's cache where nothing is said, beside the weights."""
+        if self.model.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.model.device)
-            room = free - 0.1 * total
-        else:
-            room = min(2**30, psutil.virtual_memory().available / 2) / self.shard.world_size
+            return free - 0.1 * total
+        return min(2**30, psutil.virtual_memory().available / 2) / self.shard.world_size
+
+    def _blocks_in(self, room: float) -> int:
         return int(room // (self.model.cache_bytes_a_token * self.block_size))
 
     def _agreed(self, blocks: int) -> int:
@@ -45,21 +51,24 @@ class Runner:
             blocks = int(everyone)
         return blocks
 
-    def _check(self, config: Config) -> None:
-        longest, size = self.model.max_len, self.block_size
-        if self.num_blocks * size < longest:
-            raise UserError(
-                f"{max(self.num_blocks, 0)} blocks of {size} tokens do not hold one request of {longest}; "
-                "give the cache more room (num_blocks, kv_cache_gib) or lower max_model_len"
-            )
-        needed = self.num_blocks * size * self.model.cache_bytes_a_token
-        if self.model.device.type == "cpu" and needed > psutil.virtual_memory().available:
-            raise UserError(f"a cache of {needed / 2**30:.1f} GiB does not fit into memory; lower num_blocks")
+    def _check_step(self, config: Config) -> None:
+        longest = self.model.max_len
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < longest:
             raise UserError(
                 f"without chunked prefill a request of {longest} tokens must fit into one step; raise "
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) or lower max_model_len"
             )
+
+    def _check_cache(self, blocks: int) -> None:
+        longest, size = self.model.max_len, self.block_size
+        if blocks * size < longest:
+            raise UserError(
+                f"{max(blocks, 0)} blocks of {size} tokens do not hold one request of {longest}; "
+                "give the cache more room (num_blocks, kv_cache_gib) or lower max_model_len"
+            )
+        needed = blocks * size * self.model.cache_bytes_a_token
+        if self.model.device.type == "cpu" and needed > psutil.virtual_memory().available:
+            raise UserError(f"a cache of {needed / 2**30:.1f} GiB does not fit into memory; lower num_blocks")
 
     def run(self, shares: Sequence[Share]) -> torch.Tensor | None:
         """Logits [sampling requests, vocabulary], in the order of the shares that sample; None if none does."""
