@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from ch06_vllm import bench_serve, load, make_model
+from ch06_vllm import bench_serve, load
 from ch06_vllm.servers import Server, vllm_environment, vllm_program
+from ch06_vllm.started import folder_of
 from common import script
 from common.script import CheckFailed, UserError
 
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict:
         "--tolerance", type=script.positive, default=0.05, help="allowed |ours / theirs - 1| of medians"
     )
     args = parser.parse_args(argv)
-    args.model = args.model or make_model.model_folder(make_model.Recipe("nano"))
+    args.model = args.model or folder_of("nano")
     script.start(__file__, args)
     with contextlib.ExitStack() as stack:
         url = args.url

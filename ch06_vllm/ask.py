@@ -16,9 +16,9 @@ import asyncio
 import time
 from pathlib import Path
 
-from ch06_vllm import make_model
 from ch06_vllm.client import Answer, Client
 from ch06_vllm.servers import ENGINES, Server
+from ch06_vllm.started import folder_of
 from common import script
 
 TOGETHER = 8
@@ -56,7 +56,7 @@ async def ask_together(server: Server, prompt: str, sampling: dict) -> float:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     script.start(__file__, args)
-    model = args.model or make_model.model_folder()
+    model = args.model or folder_of("nano")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
     with Server(model, args.engine) as server:
         print(f"{args.engine} serves {server.model} at {server.url}, {server.start_s:.1f} s after its start\n")

@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ch06_vllm import make_model, offline, servers
+from ch06_vllm import offline, servers
+from ch06_vllm.started import folder_of
 from common import process, script
 from common.bootstrap import gpus_visible
 from common.logs import Progress, get_logger
@@ -92,7 +93,7 @@ def options_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     run = script.start(__file__, args)
-    model = make_model.model_folder(make_model.Recipe(args.preset)) if args.model is None else args.model
+    model = args.model or folder_of(args.preset)
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     seconds: dict[str, list[float]] = {name: [] for name in args.engines}
     agreed: list[float] = []

@@ -102,7 +102,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
 
 def make_load(args: argparse.Namespace, ids: np.ndarray) -> Load:
     """The requests and their times; the same seed gives the same load to every server."""
-    if args.rate <= 0 or args.burstiness <= 0:
+    if not (args.rate > 0 and args.burstiness > 0):  # nan is neither
         raise script.UserError("--rate and --burstiness are above 0; see --help")
     rng = np.random.default_rng(args.seed)
 

@@ -15,21 +15,19 @@ import asyncio
 import contextlib
 import json
 import re
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
-from ch06_vllm import make_model
 from ch06_vllm.client import Client, RequestFailed, Retry
+from ch06_vllm.scrape import Metrics
 from ch06_vllm.servers import Server
-from ch06_vllm.started import HELP, engine_and_model
-from common import lm, script
+from ch06_vllm.started import HELP, engine_and_model, folder_of
+from common import script
 
 Json = dict[str, Any]
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -78,9 +76,8 @@ class Victim:
         """Requests that run, that wait, and the share of the KV cache that they hold, all ranks together."""
         async with await self.send(b"", "GET /metrics") as connection:
             text = (await connection.answer())[1].decode()
-        return {
-            name: sum(map(float, re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)", text, re.MULTILINE))) for name in GAUGES
-        }
+        metrics = Metrics(text)
+        return {name: metrics[f"vllm:{name}"] for name in GAUGES}
 
     async def until(self, what: str, holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
         """The gauges, once they are as wanted.
@@ -275,10 +272,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     engine, model = args.serve
     # float32: two tokens of random weights can be equally likely in bfloat16, and the batch then decides between them
-    folder = make_model.model_folder(make_model.Recipe(model, dtype="float32")) if lm.is_preset(model) else Path(model)
+    folder = folder_of(model, dtype="float32")
     run = script.start(__file__, args)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     faults = FAULTS | ({"kill -9 of a rank": killed_rank} if args.tensor_parallel_size > 1 else {})
     wanted = {"tensor-parallel-size": args.tensor_parallel_size, "max-num-seqs": 32, "max-num-batched-tokens": 512}
     with Server(folder, engine, wanted) as server:

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from ch06_vllm import load, make_model, stall
+from ch06_vllm import load, stall
 from ch06_vllm.batching import Arrival, Served, Static, continuous, read
 from ch06_vllm.batching_drawn import draw_slots
 from ch06_vllm.engine import Config
 from ch06_vllm.engine.engine import Engine
+from ch06_vllm.started import folder_of
 from common import lm, logs, script
 
 log = logs.get_logger()
@@ -116,7 +117,7 @@ def table(ways: dict[str, dict[str, float]]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
-    model = args.model or make_model.model_folder(make_model.Recipe(args.preset))
+    model = args.model or folder_of(args.preset)
     ids = load.usable_ids(model)
     arrivals = drawn(args, ids)
     if args.workload:

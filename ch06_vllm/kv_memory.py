@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 
 from ch01_intro.roofline import kv_bytes
-from ch06_vllm import load, make_model
+from ch06_vllm import load
 from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_drawn import NAMES, plot, table
 from ch06_vllm.kv_policies import peak_blocks, policies, prefix_hits
 from ch06_vllm.kv_run import Trace, engine_name, on_ours, on_vllm
 from ch06_vllm.servers import Server
+from ch06_vllm.started import folder_of
 from common import lm, logs, script
 
 log = logs.get_logger()
@@ -237,7 +238,7 @@ def figures(name: str, m: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     run = script.start(__file__, args)
-    model = args.model or make_model.model_folder(make_model.Recipe(args.preset))
+    model = args.model or folder_of(args.preset)
     ids = load.usable_ids(model)
     some = fitting(ragged(args, ids, texts=0), args.block_size, args.cache_tokens)
     alike = with_prefix(args, ids)

@@ -29,12 +29,13 @@ import numpy as np
 
 from ch01_intro import roofline
 from ch01_intro.roofline import Ceilings, Work
-from ch06_vllm import load, make_model
+from ch06_vllm import load
 from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import blocks
 from ch06_vllm.kv_run import engine_name, send
 from ch06_vllm.servers import Server
+from ch06_vllm.started import folder_of
 from common import dist, lm, logs, script
 
 log = logs.get_logger()
@@ -222,7 +223,7 @@ def figures(name: str, times: dict[Shape, float]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     run = script.start(__file__, args)
-    model = args.model or make_model.model_folder(make_model.Recipe(args.preset))
+    model = args.model or folder_of(args.preset)
     config = lm.config(str(model))
     device = dist.pick_device(args.device, dist.read_launch())
     ceilings = Ceilings(roofline.matmul_rate(device, config.dtype), roofline.triad_rate(device))

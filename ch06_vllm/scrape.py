@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -14,14 +15,22 @@ from common.script import UserError
 
 
 class Metrics:
-    """One answer of /metrics: metrics["vllm:num_requests_running"] is the sum over its labels (several replicas)."""
+    """One answer of /metrics: metrics["vllm:num_requests_running"] is the sum over its labels (several replicas).
+
+    Attributes:
+        values: all of these sums by name.
+        series: how many values a name has: of most, one for each replica.
+        labels: of the last of them.
+    """
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, float] = {}
+        self.series: Counter[str] = Counter()
         self.labels: dict[str, dict[str, str]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 self.values[sample.name] = self.values.get(sample.name, 0.0) + sample.value
+                self.series[sample.name] += 1
                 self.labels[sample.name] = sample.labels
 
     def __getitem__(self, name: str) -> float:

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from ch06_vllm import options
+from ch06_vllm.scrape import scrape
 from ch06_vllm.servers import Server, flags, why
 from common import script
 
@@ -74,13 +75,12 @@ def counters(url: str) -> dict[str, int]:
 
     Names: vllm:num_requests_running has a line for each engine; vllm:spec_decode_* are there with a draft only.
     """
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    found = {"engines": sum(line.startswith("vllm:num_requests_running{") for line in lines)}
+    metrics = scrape(url)
+    found = {"engines": metrics.series["vllm:num_requests_running"]}
     for name in ("draft", "accepted"):
-        values = [line.split()[-1] for line in lines if line.startswith(f"vllm:spec_decode_num_{name}_tokens_total{{")]
-        if values:
-            found[f"{name}_tokens"] = round(sum(map(float, values)))
+        counted = metrics.values.get(f"vllm:spec_decode_num_{name}_tokens_total")
+        if counted is not None:
+            found[f"{name}_tokens"] = round(counted)
     return found
 
 

@@ -20,12 +20,12 @@ def engine_and_model(text: str) -> tuple[str, str]:
     return engine, model
 
 
-def folder_of(model: str) -> Path:
-    """The folder of a preset, made on first use, or the one that is named."""
+def folder_of(model: str, dtype: str = "bfloat16") -> Path:
+    """The folder of a preset, made on first use with weights of this type, or the one that is named."""
     from ch06_vllm import make_model  # with transformers, which takes seconds
     from common import lm
 
-    return make_model.model_folder(make_model.Recipe(model)) if lm.is_preset(model) else Path(model)
+    return make_model.model_folder(make_model.Recipe(model, dtype=dtype)) if lm.is_preset(model) else Path(model)
 
 
 def server(asked: tuple[str, str], options: Mapping[str, Any] | None = None) -> Server:

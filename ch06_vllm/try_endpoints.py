@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import openai
 
-from ch06_vllm import endpoints, make_model
+from ch06_vllm import endpoints
+from ch06_vllm.scrape import scrape
 from ch06_vllm.servers import Server, answers
+from ch06_vllm.started import folder_of
 from common import script
 from common.process import Child
 from common.ranks import free_port
@@ -34,9 +36,7 @@ LONG = 1500  # tokens that the caller asks for and does not wait for
 
 def metric(engine: str, name: str) -> float:
     """A metric of vLLM's, summed over its labels."""
-    with urllib.request.urlopen(f"{engine}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+    return scrape(engine)[f"vllm:{name}"]
 
 
 def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> dict:
         engine = args.engine
         if not engine:
             options = {"structured-outputs-config": COMPACT, "max-model-len": 2048}
-            engine = stack.enter_context(Server(args.model or make_model.model_folder(), "vllm", options)).url
+            engine = stack.enter_context(Server(args.model or folder_of("nano"), "vllm", options)).url
         port = free_port()
-        command = ["python", "-m", "ch06_vllm.endpoints", "--engine", engine, "--port", str(port)]
+        command = [sys.executable, "-m", "ch06_vllm.endpoints", "--engine", engine, "--port", str(port)]
         app = stack.enter_context(Child([*command, "--blocklist", str(blocklist), "--run-dir", str(run.path("app"))]))
 
         def up() -> bool:

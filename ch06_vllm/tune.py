@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ch06_vllm import bench_serve, load, make_model
+from ch06_vllm import bench_serve, load
 from ch06_vllm.servers import Server
+from ch06_vllm.started import folder_of
 from common import lm, logs, script
 
 log = logs.get_logger()
@@ -241,7 +242,7 @@ def line(points: Sequence[Point], part: str, x: str, y: str) -> tuple[list[float
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
-    model = args.model or make_model.model_folder(make_model.Recipe(args.preset))
+    model = args.model or folder_of(args.preset)
     ids = load.usable_ids(model)
     run = script.start(__file__, args)
     best, tried = search(args, model, ids)
