@@ -187,10 +187,7 @@ async def run_batch(client: Client, requests: Sequence[Request], journal: Journa
 async def send(url: str, args: argparse.Namespace, requests: Sequence[Request], journal: Journal) -> int:
     limits = {"concurrency": args.concurrency, "timeout_s": args.timeout_s, "retry": Retry(attempts=args.attempts)}
     async with Client(url, api_key=os.environ.get("OPENAI_API_KEY"), seed=args.seed, **limits) as client:
-        try:
-            await client.models()  # a wrong address is one error, not one for each request
-        except RequestFailed as error:
-            raise UserError(str(error)) from None
+        await client.models()  # a wrong address is one error, not one for each request
         return await run_batch(client, requests, journal, args.concurrency)
 
 

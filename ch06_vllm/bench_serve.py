@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from ch06_vllm import load
-from ch06_vllm.client import Client, RequestFailed, Retry
+from ch06_vllm.client import Client, Retry
 from ch06_vllm.started import HELP, engine_and_model, folder_of, server
 from common import logs, script
 
@@ -135,10 +135,7 @@ async def measure(
     one_attempt = Retry(attempts=1)  # a refused request is a result here
     limits = {"concurrency": sent.concurrency, "timeout_s": timeout_s, "api_key": os.environ.get("OPENAI_API_KEY")}
     async with Client(url, retry=one_attempt, **limits) as client:
-        try:
-            model = model or (await client.models())[0]
-        except RequestFailed as error:
-            raise script.UserError(str(error)) from None
+        model = model or (await client.models())[0]
         with logs.Progress(len(sent.requests), label) as progress:
             ended = 0
 

@@ -34,8 +34,10 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-class RequestFailed(Exception):
-    """One request's failure, in one line. `status` is None where no HTTP answer came; `error` is the server's object.
+class RequestFailed(UserError):
+    """One request's failure, in one line: the last of a script that does not expect it.
+
+    `status` is None where no HTTP answer came; `error` is the server's object.
 
     `retryable`: another attempt may do better. It is never so for an answer of which a token has been handed on.
     """

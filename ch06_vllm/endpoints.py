@@ -268,10 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     async def first_model() -> str:
         async with Client(**engine) as client:
-            try:
-                return (await client.models())[0]
-            except RequestFailed as why:
-                raise UserError(str(why)) from None
+            return (await client.models())[0]
 
     model = args.served_model or asyncio.run(first_model())
     app = make_app(Client(**engine), model, moderate)
