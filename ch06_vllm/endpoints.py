@@ -34,7 +34,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ch06_vllm.client import Client, Json, RequestFailed
-from ch06_vllm.servers import check_port
+from ch06_vllm.servers import HOST, bind
 from common import script
 from common.script import UserError
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--concurrency", type=script.at_least(1), default=64, help="requests at the engine at a time")
     args = parser.parse_args(argv)
     moderate = blocklist(args.blocklist)
-    check_port(args.port)
+    bind(HOST, args.port).close()
     engine = {"url": args.engine, "api_key": os.environ.get("OPENAI_API_KEY"), "concurrency": args.concurrency}
 
     async def first_model() -> str:
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     model = args.served_model or asyncio.run(first_model())
     app = make_app(Client(**engine), model, moderate)
-    uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=args.port, log_level="warning")).run()
+    uvicorn.Server(uvicorn.Config(app, host=HOST, port=args.port, log_level="warning")).run()
     return {"model": model, "port": args.port}
 
 

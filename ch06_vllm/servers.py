@@ -182,7 +182,7 @@ class Server:
         check_model(self.folder, sizes[0])
         check_ranks(ranks)
         port = self.port or free_port()
-        check_port(port)
+        bind(HOST, port).close()
         self.url = f"http://{HOST}:{port}"
         env = vllm_environment(ranks) | self.env if self.engine == "vllm" else self.env
         command = ENGINES[self.engine](self.folder, port, self.options, **self.launch)
@@ -272,15 +272,21 @@ def check_ranks(ranks: int) -> None:
         )
 
 
-def check_port(port: int) -> None:
-    """Raises UserError if something listens there, or it is not ours to take."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or "ports end at 65535"
-            raise UserError(f"port {port} cannot be taken ({reason}); free it, or take another") from None
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet.
+
+    Raises:
+        UserError: something listens there, or it is not ours to take.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or "ports end at 65535"
+        raise UserError(f"{host}:{port} cannot be taken ({reason}); free it, or take another port") from None
+    return bound
 
 
 ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt): .|^.{0,40}: error: .")

@@ -81,12 +81,15 @@ async def on_server(url: str, running: list[load.Request], long: load.Request) -
         async def one(request: load.Request) -> list[float]:
             body = {"model": model, "prompt": request.prompt, "max_tokens": request.max_tokens, **options}
             times = []
-            async with client.stream("/v1/completions", body) as chunks:
-                async for chunk in chunks:
-                    if chunk.tokens:
-                        times.append(chunk.at_s)
-                    if len(times) == BEFORE:
-                        enough.set()
+            try:
+                async with client.stream("/v1/completions", body) as chunks:
+                    async for chunk in chunks:
+                        if chunk.tokens:
+                            times.append(chunk.at_s)
+                        if len(times) == BEFORE:
+                            enough.set()
+            finally:
+                enough.set()  # it may have failed before
             return times
 
         tasks = [asyncio.create_task(one(request)) for request in running]

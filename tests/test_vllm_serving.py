@@ -333,7 +333,7 @@ def test_a_port_in_use_is_refused_at_once(served_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
-            pytest.raises(UserError, match=f"port {port} cannot be taken .*in use.*; free it, or take another"),
+            pytest.raises(UserError, match=f":{port} cannot be taken .*in use.*; free it, or take another"),
             Server(served_model, port=port),
         ):
             pass

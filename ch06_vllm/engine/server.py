@@ -15,7 +15,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ch06_vllm.engine.request import Config
-from ch06_vllm.servers import check_model, check_ranks
+from ch06_vllm.servers import bind, check_model, check_ranks
 from common import logs, process, script
 from common.ranks import CONSEQUENCE, free_port, rank_environment
 from common.script import UserError
@@ -63,23 +62,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args(argv)
     args.served_model_name = args.served_model_name or Path(args.model).name
     return args, Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """
-    Raises:
-        UserError: the address cannot be taken.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except (OSError, OverflowError) as error:
-        bound.close()
-        reason = getattr(error, "strerror", None) or "ports end at 65535"
-        raise UserError(f"{host}:{port} cannot be taken ({reason}); free it, or take another --port") from None
-    return bound
 
 
 def rank(args: argparse.Namespace, config: Config) -> Json:
