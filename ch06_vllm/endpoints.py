@@ -23,24 +23,24 @@ import json
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from ch06_vllm.client import Client, Json, RequestFailed
+from ch06_vllm.disconnect import gone, unless_gone
 from ch06_vllm.servers import HOST, bind
 from common import script
 from common.script import UserError
 
-T = TypeVar("T")
 Moderate = Callable[[str], str | None]  # why a text is refused, or None
-LEFT = 499  # nginx's code for a caller who left before the answer: nobody reads it
 
 
 class Ticket(BaseModel):
@@ -95,26 +95,6 @@ def texts(body: Json) -> Iterable[str]:
     yield from map(str, [asked] if isinstance(asked, str) else asked)
 
 
-async def unless_left(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; if the caller hangs up first, `work` is cancelled, and with it the engine's request."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Refused(LEFT, "client_left", "the caller closed the connection")
-        return await working
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-            await asyncio.wait({working})
-
-
 def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
     """The application. `engine` is opened and closed with it; `model` is what its own endpoints ask for."""
 
@@ -129,6 +109,8 @@ def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
         for text in given:
             if reason := moderate(text):
                 raise Refused(400, "moderation", f"refused before the engine saw it: {reason}")
+
+    app.add_exception_handler(ClientDisconnect, gone)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, why: Refused) -> JSONResponse:
@@ -159,11 +141,12 @@ def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
     async def chat(request: Request, body: Annotated[Json, Body()]) -> Any:
         check(texts(body))
         if not body.get("stream"):
-            return (await unless_left(request, engine.post("/v1/chat/completions", body))).body
+            return (await unless_gone(request.receive, engine.post("/v1/chat/completions", body))).body
         body["stream_options"] = body.get("stream_options") or {"include_usage": False}  # as the caller asked
         async with contextlib.AsyncExitStack() as opening:
             stream = engine.stream("/v1/chat/completions", body)
-            chunks = await unless_left(request, opening.enter_async_context(stream))  # errors up to here have a status
+            # errors up to the first token have a status
+            chunks = await unless_gone(request.receive, opening.enter_async_context(stream))
             opened = opening.pop_all()
 
         async def events() -> AsyncIterator[str]:
@@ -181,7 +164,7 @@ def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request, body: Annotated[Json, Body()]) -> Json:
         check(texts(body))
-        return (await unless_left(request, engine.post("/v1/embeddings", body))).body
+        return (await unless_gone(request.receive, engine.post("/v1/embeddings", body))).body
 
     @app.post("/v1/extract/{kind}")
     async def extract(request: Request, kind: str, asked: Extract) -> Json:
@@ -197,7 +180,7 @@ def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
             "max_tokens": asked.max_tokens,
             "temperature": 0.0,
         }
-        reply = (await unless_left(request, engine.post("/v1/chat/completions", body))).body
+        reply = (await unless_gone(request.receive, engine.post("/v1/chat/completions", body))).body
         choice = reply["choices"][0]
         try:
             found = KINDS[kind].model_validate_json(choice["message"]["content"] or "")
@@ -229,7 +212,7 @@ def make_app(engine: Client, model: str, moderate: Moderate) -> FastAPI:
                 for task in tasks:
                     task.cancel()  # the others, where one has failed
 
-        return {"object": "list", "model": model, "data": await unless_left(request, all_of_them())}
+        return {"object": "list", "model": model, "data": await unless_gone(request.receive, all_of_them())}
 
     return app
 

@@ -12,8 +12,8 @@ import functools
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Generator, Sequence
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ch06_vllm.disconnect import gone, unless_gone
 from ch06_vllm.engine.async_engine import AsyncEngine, EngineDead, Mailbox
 from ch06_vllm.engine.protocol import (
     DONE,
@@ -43,7 +44,6 @@ from ch06_vllm.engine.protocol import (
 )
 from ch06_vllm.engine.request import Output, SamplingParams
 
-T = TypeVar("T")
 Json = dict[str, Any]
 Wanted = tuple[Sequence[int], SamplingParams]
 INLINE_CHARACTERS = 4096  # so much text is tokenised at once; more of it in a thread, which others need not wait for
@@ -258,33 +258,6 @@ class EventStream(Response):
         async for event in self.events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection.
-
-    Raises:
-        ClientDisconnect: it did.
-    """
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, leaving = asyncio.create_task(work), asyncio.create_task(disconnected())
-    try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        leaving.cancel()
-        await asyncio.wait((task, leaving))
-
-
-async def gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
 
 
 # ---------------------------------------------------------------- the process
