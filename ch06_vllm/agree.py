@@ -213,6 +213,7 @@ def main(argv: list[str] | None = None) -> dict:
         "--tolerance", type=script.positive, default=0.05, help="allowed |ours / theirs - 1| of medians"
     )
     args = parser.parse_args(argv)
+    vllm_program()  # said before a model is made
     args.model = args.model or folder_of("nano")
     script.start(__file__, args)
     with contextlib.ExitStack() as stack:

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from ch06_vllm.client import Answer, Client
-from ch06_vllm.servers import ENGINES, Server
-from ch06_vllm.started import folder_of
+from ch06_vllm.servers import Server
+from ch06_vllm.started import engine_name, folder_of
 from common import script
 
 TOGETHER = 8
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("prompt", nargs="?", default="def ")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: nano with random weights)")
-    parser.add_argument("--engine", choices=tuple(ENGINES), default="ours")
+    parser.add_argument("--engine", type=engine_name, default="ours", help="ours or vllm")
     parser.add_argument("--max-tokens", type=script.at_least(1), default=120)
     parser.add_argument("--temperature", type=float, default=0.7)
     return parser.parse_args(argv)

@@ -169,6 +169,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.engines[0] != OURS or set(args.engines) - {OURS, AGAIN, *offline.CONTESTANTS}:
         raise script.UserError(f"--engines begins with ours, and knows {AGAIN}, {', '.join(offline.CONTESTANTS)}")
+    if "vllm" in args.engines:
+        servers.vllm_program()  # said before a model is made
     if args.model is not None and not (args.model / "config.json").is_file():
         raise script.UserError(f"--model {args.model} has no config.json; give a Hugging Face folder")
     return args

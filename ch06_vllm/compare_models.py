@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> dict:
     changes: dict[str, Any] = {}
     for change in args.set:
         options.apply(changes, change)
-    contestants = {":".join(asked): asked for asked in args.server or [("vllm", "nano"), ("vllm", "small")]}
+    contestants = {
+        ":".join(asked): asked for asked in args.server or map(engine_and_model, ("vllm:nano", "vllm:small"))
+    }
     folders = {name: folder_of(model) for name, (_, model) in contestants.items()}
     loads = {name: bench_serve.make_load(args, load.usable_ids(folder)) for name, folder in folders.items()}
     run = script.start(__file__, args)

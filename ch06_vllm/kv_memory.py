@@ -34,9 +34,9 @@ from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_drawn import NAMES, plot, table
 from ch06_vllm.kv_policies import peak_blocks, policies, prefix_hits
-from ch06_vllm.kv_run import Trace, engine_name, on_ours, on_vllm
+from ch06_vllm.kv_run import Trace, on_ours, on_vllm
 from ch06_vllm.servers import Server
-from ch06_vllm.started import folder_of
+from ch06_vllm.started import engine_name, folder_of
 from common import lm, logs, script
 
 log = logs.get_logger()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -21,15 +20,7 @@ from ch06_vllm.kv_policies import Held
 from ch06_vllm.scrape import Sampler, scrape
 from common.script import UserError
 
-ENGINES = ("ours", "vllm")
 Policies = dict[str, Callable[[Held], int]]
-
-
-def engine_name(text: str) -> str:
-    """argparse type: ours or vllm."""
-    if text not in ENGINES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no engine; take {' or '.join(ENGINES)}")
-    return text
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from ch06_vllm import load
 from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import blocks
-from ch06_vllm.kv_run import engine_name, send
+from ch06_vllm.kv_run import send
 from ch06_vllm.servers import Server
-from ch06_vllm.started import folder_of
+from ch06_vllm.started import engine_name, folder_of
 from common import dist, lm, logs, script
 
 log = logs.get_logger()

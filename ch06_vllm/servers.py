@@ -134,7 +134,7 @@ def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     return start + flags({name: value for name, value in options.items() if name != "shutdown-timeout"})
 
 
-ENGINES: dict[str, Callable[..., list[str]]] = {"vllm": vllm_command, "ours": own_command}
+ENGINES: dict[str, Callable[..., list[str]]] = {"ours": own_command, "vllm": vllm_command}
 
 
 class Server:

@@ -19,6 +19,7 @@ from ch06_vllm.client import Client, Retry
 from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.servers import Server
+from ch06_vllm.started import engine_name
 from common import logs, script
 
 log = logs.get_logger()
@@ -30,7 +31,7 @@ Gaps = list[tuple[float, float]]  # (seconds since the long prompt came, ms sinc
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--stall: a long prompt comes while others run")
     group.add_argument("--stall", action="store_true", help="measure this instead")
-    group.add_argument("--engine", choices=("ours", "vllm"), default="ours")
+    group.add_argument("--engine", type=engine_name, default="ours", help="ours or vllm")
     group.add_argument("--long-prompt", type=script.at_least(64), default=1536, help="tokens")
     group.add_argument("--running", type=script.at_least(1), default=8, help="requests that run meanwhile")
     group.add_argument("--chunk", type=script.at_least(16), default=128, help="max_num_batched_tokens with chunks")

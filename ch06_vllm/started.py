@@ -1,23 +1,37 @@
-"""ENGINE:MODEL on a command line: a server that a script starts for itself, and stops when it is done."""
+"""ENGINE and ENGINE:MODEL on a command line, and the server that a script starts for itself."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ch06_vllm.servers import ENGINES, Server
+from ch06_vllm.servers import ENGINES, Server, vllm_program
 from common.script import UserError
 
-HELP = "ENGINE:MODEL, vllm or ours, and a preset (random weights, made once) or a model's folder"
+HELP = "ENGINE:MODEL, ours or vllm, and a preset (random weights, made once) or a model's folder"
+
+
+def engine_name(text: str) -> str:
+    """argparse type: ours or vllm.
+
+    Raises:
+        UserError: vLLM's environment has not been made. It is said here, before a model is.
+    """
+    if text not in ENGINES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no engine; take {' or '.join(ENGINES)}")
+    if text == "vllm":
+        vllm_program()
+    return text
 
 
 def engine_and_model(text: str) -> tuple[str, str]:
-    """argparse type: ENGINE:MODEL."""
+    """argparse type: ENGINE:MODEL. Raises as engine_name does."""
     engine, _, model = text.partition(":")
     if engine not in ENGINES or not model:
         raise UserError(f"{text!r} is not ENGINE:MODEL; ENGINE is {' or '.join(ENGINES)}, MODEL a preset or a folder")
-    return engine, model
+    return engine_name(engine), model
 
 
 def folder_of(model: str, dtype: str = "bfloat16") -> Path:

@@ -22,7 +22,7 @@ import openai
 
 from ch06_vllm import endpoints
 from ch06_vllm.scrape import scrape
-from ch06_vllm.servers import Server, answers
+from ch06_vllm.servers import Server, answers, vllm_program
 from ch06_vllm.started import folder_of
 from common import script
 from common.process import Child
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--engine", help="a running OpenAI-compatible server (default: vLLM is started)")
     parser.add_argument("--model", type=Path, help="a model's folder (default: nano with random weights)")
     args = parser.parse_args(argv)
+    if not args.engine:
+        vllm_program()  # said before a model is made
     run = script.start(__file__, args)
     blocklist = run.path("blocklist")
     blocklist.write_text("password\\s+of\n", encoding="utf-8")

@@ -32,7 +32,7 @@ import yaml
 
 from ch06_vllm import bench_serve, load
 from ch06_vllm.servers import Server
-from ch06_vllm.started import folder_of
+from ch06_vllm.started import engine_name, folder_of
 from common import lm, logs, script
 
 log = logs.get_logger()
@@ -46,7 +46,7 @@ FASTER = 0.95  # of the tail, where as many requests are within the objective: w
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
-    parser.add_argument("--engine", choices=("ours", "vllm"), default="ours")
+    parser.add_argument("--engine", type=engine_name, default="ours", help="ours or vllm")
     parser.add_argument("--preset", choices=lm.PRESETS, default="nano", help="a model folder is made of it, once")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     parser.add_argument("--max-model-len", type=script.at_least(64), default=2048)

@@ -317,7 +317,7 @@ def test_several_servers_get_the_same_load_in_one_table(
         (("--rate", "3", "--concurrency", "2"), "not allowed with"),
         (("--slo", "itl:3"), "is no objective"),
         (("--trace", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
-        (("--serve", "nano"), "'nano' is not ENGINE:MODEL; ENGINE is vllm or ours"),
+        (("--serve", "nano"), "'nano' is not ENGINE:MODEL; ENGINE is ours or vllm"),
     ],
 )
 def test_wrong_flags_are_one_line(
@@ -344,7 +344,7 @@ def test_models_are_compared_one_server_after_the_other(
     shutil.copytree(model, other)
     save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}, other / "model.safetensors")
     monkeypatch.setattr(compare_models, "server", one_at_a_time)
-    flags = ["--server", f"vllm:{model}", "--server", f"ours:{other}", "--requests", "3", "--warmup", "1"]
+    flags = ["--server", f"ours:{model}", "--server", f"ours:{other}", "--requests", "3", "--warmup", "1"]
     result = compare_models.main([*flags, "--prompt-tokens", "4", "--run-dir", str(tmp_path / "run")])
     one, two = result["servers"].values()
     assert (result["compared"], result["failed"], one["parameters"], two["parameters"]) == (2, 0, None, 22)

@@ -543,7 +543,6 @@ def test_mistakes_are_one_line(script: str, flags: list[str], said: str, tmp_pat
 
 
 def test_tune_script_on_our_server(tmp_path: Path) -> None:
-    pytest.importorskip("ch06_vllm.engine.server")
     flags = ["--requests", "6", "--rate", "20", "--warmup", "1", "--max-num-seqs", "2", "--max-num-batched-tokens", "",
              "--enable-chunked-prefill", "", "--enable-prefix-caching", "", "--block-size", "", "--slo", "ttft:60000",
              "--slo", "tpot:60000", "--run-dir", tmp_path]  # fmt: skip
