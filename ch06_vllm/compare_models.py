@@ -7,7 +7,7 @@ Cluster     servers that run elsewhere: bench_serve.py with --url again and agai
 You see     a row for each server: seconds until it answers, requests and tokens per second, percentiles of TTFT, TPOT,
             ITL and E2E; load.png with all of them. Every request is in requests-NAME.jsonl
 
-ENGINE:MODEL is vllm or ours, and a preset (random weights, made once) or a model's folder. Each is started, measured
+ENGINE:MODEL is ours or vllm, and a preset (random weights, made once) or a model's folder. Each is started, measured
 and stopped before the next: none of them shares the machine.
 """
 

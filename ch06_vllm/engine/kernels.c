@@ -105,7 +105,8 @@ static void attend_one(const element *query, const element *keys, const element 
 /* Attention of one new token a sequence over a paged cache: the blocks are read where they lie. To gather them into one
    padded tensor first costs several times the attention itself.
    q: [sequences, heads, HEAD_DIM] with rows q_row elements apart; out the same, contiguous.
-   keys, values: [blocks, block_size, kv_heads, HEAD_DIM]. tables: [sequences, table_width] block numbers. lengths: [sequences] tokens to attend to, the new one among them.
+   keys, values: [blocks, block_size, kv_heads, HEAD_DIM]. tables: [sequences, table_width] block numbers. lengths:
+   [sequences] tokens to attend to, the new one among them.
    Returns 0, or 1 when there is no memory. */
 int attend(const element *q, const element *keys, const element *values, const int32_t *tables, const int32_t *lengths,
            element *out, int sequences, int heads, int kv_heads, int block_size, int table_width, int q_row,
