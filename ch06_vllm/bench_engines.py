@@ -46,6 +46,7 @@ class Contestant:
         python, env = sys.executable, {}
         if engine == "vllm":
             python, env = str(servers.vllm_program("python")), servers.vllm_environment(1)
+            env["VLLM_CPU_OMP_THREADS_BIND"] = servers.cores_of_ranks(servers.own_cores(), 1)  # all, as ours has
         self._lines: queue.Queue[str] = queue.Queue()
         self.child = process.Child(
             [python, "-c", START, engine, str(model), json.dumps(options)],

@@ -23,19 +23,26 @@ from typing import Any
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
 from ch06_vllm.serve_vllm import smoke
-from ch06_vllm.servers import Server, check_model, vllm_environment, vllm_program
+from ch06_vllm.servers import (
+    LAPTOP,
+    LAPTOP_PIPELINE,
+    Server,
+    check_model,
+    vllm_environment,
+    vllm_program,
+)
 from common import process, script
 from common.bootstrap import gpus_visible
 
 LAUNCH = Path("ch06_vllm/launch")
 PORT, LINE_PORT = 8000, 8001
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2, "kv-cache-memory-bytes": "256M"}),
-    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2, "gpu-memory-utilization": 0.1}),
-    "data": ("data_parallel.sh", {"kv-cache-memory-bytes": "256M"}),
-    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2, "kv-cache-memory-bytes": "256M"}),
+    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2}),
+    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2} | LAPTOP_PIPELINE),
+    "data": ("data_parallel.sh", {}),
+    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2}),
 }
-SMALL: dict[str, Any] = {"enforce-eager": True, "max-model-len": 1024}
+SMALL: dict[str, Any] = LAPTOP | {"kv-cache-memory-bytes": "256M", "max-model-len": 1024}
 REFUSED = "does not support ray"
 
 

