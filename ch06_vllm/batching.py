@@ -107,9 +107,10 @@ def continuous(engine: Engine, arrivals: Sequence[Arrival], *, priorities: bool 
         now = time.perf_counter() - began
         while following and following[0].arrived_s <= now:
             one, arrival = following
-            params = SamplingParams(max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True)
             priority = arrival.priority if priorities else 0
-            engine.add(arrival.prompt, params, priority=priority, request_id=str(one.index))
+            engine.add(
+                arrival.prompt, SamplingParams.exactly(arrival.max_tokens), priority=priority, request_id=str(one.index)
+            )
             following = next(arriving, None)
         if not engine.has_work and following:
             time.sleep(following[0].arrived_s - now)

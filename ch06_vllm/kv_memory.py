@@ -190,9 +190,7 @@ def step_times(setup: Setup, sizes: list[int]) -> dict[int, float]:
         for size, engine in engines.items():
             rng = np.random.default_rng(number)
             for request in load.workload(ids, [prompt] * DECODING, [steps + 2] * DECODING, rng):
-                engine.add(
-                    request.prompt, SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True)
-                )
+                engine.add(request.prompt, SamplingParams.exactly(request.max_tokens))
             while engine.scheduler.waiting or any(r.num_pending > 1 for r in engine.scheduler.running):
                 engine.step()
             while engine.has_work:

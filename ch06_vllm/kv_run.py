@@ -79,7 +79,7 @@ def on_ours(engine: Engine, requests: Sequence[load.Request], policies: Policies
     pool, scheduler = engine.pool, engine.scheduler
     before = (scheduler.prefix_hits, scheduler.prefix_queries, scheduler.num_preemptions)
     for request in requests:
-        engine.add(request.prompt, SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True))
+        engine.add(request.prompt, SamplingParams.exactly(request.max_tokens))
     trace = Trace(pool.block_size, tokens=sum(request.max_tokens for request in requests))
     began = time.perf_counter()
     while engine.has_work:
@@ -107,10 +107,8 @@ def on_vllm(url: str, requests: Sequence[load.Request], policies: Policies) -> T
     """
     before = scrape(url)
     info = before.labels["vllm:cache_config_info"]
-    block_size, usable = (
-        int(info["block_size"]),
-        int(info["num_gpu_blocks"]) - 1,
-    )  # block 0 pads tables, and is not lent
+    block_size = int(info["block_size"])
+    usable = int(info["num_gpu_blocks"]) - 1  # block 0 pads tables, and is not lent
     with Sampler(url) as sampler:
         began, records = asyncio.run(send(url, requests))
     if failed := [record.error for record in records if record.error]:
@@ -123,9 +121,10 @@ def on_vllm(url: str, requests: Sequence[load.Request], policies: Policies) -> T
         count = int(metrics["vllm:num_requests_running"])
         trace.samples.append(sample(at_s - began, [held for held in seen if held], taken, policies, count))
     now = scrape(url)
-    for name in ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions"):
-        difference = now[f"vllm:{name}_total"] - before[f"vllm:{name}_total"]
-        setattr(trace, name.removeprefix("prefix_cache_").removeprefix("num_"), difference)
+    trace.hits, trace.queries, trace.preemptions = (
+        now[f"vllm:{name}_total"] - before[f"vllm:{name}_total"]
+        for name in ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
+    )
     return trace
 
 

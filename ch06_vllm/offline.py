@@ -23,7 +23,7 @@ def ours(model: str, options: dict[str, Any]) -> Generate:
     llm = LLM(model, **options)
 
     def generate(requests: Requests) -> list[list[int]]:
-        params = [SamplingParams(max_tokens=r["max_tokens"], temperature=0, ignore_eos=True) for r in requests]
+        params = [SamplingParams.exactly(r["max_tokens"]) for r in requests]
         return [output.token_ids for output in llm.generate([r["prompt"] for r in requests], params)]
 
     return generate

@@ -94,7 +94,7 @@ Times = dict[Shape, list[float]]
 def on_ours(engine: Engine, shape: Shape, requests: Sequence[load.Request], times: Times) -> None:
     """Each step by itself: the first computes the prompts, each later one a token of all."""
     for request in requests:
-        engine.add(request.prompt, SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True))
+        engine.add(request.prompt, SamplingParams.exactly(request.max_tokens))
     seconds = []
     while engine.has_work:
         began = time.perf_counter()

@@ -47,14 +47,15 @@ def settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def on_ours(engine: Engine, running: list[load.Request], long: load.Request) -> tuple[Gaps, float]:
     """The gaps of the running requests, and the long one's time to first token in ms."""
-    names = [add(engine, request) for request in running]
+    names = [engine.add(r.prompt, SamplingParams.exactly(r.max_tokens)) for r in running]
     last: dict[str, float] = {}
     gaps: Gaps = []
     came, ttft_ms, steps = 0.0, 0.0, 0
     late = ""
     while engine.has_work:
         if steps == BEFORE:
-            came, late = time.perf_counter(), add(engine, long)
+            came = time.perf_counter()
+            late = engine.add(long.prompt, SamplingParams.exactly(long.max_tokens))
         outputs = engine.step()
         steps += 1
         now = time.perf_counter()
@@ -66,10 +67,6 @@ def on_ours(engine: Engine, running: list[load.Request], long: load.Request) -> 
             last[output.request_id] = now
     assert set(names) <= set(last)
     return [(at_s - came, ms) for at_s, ms in gaps], ttft_ms
-
-
-def add(engine: Engine, request: load.Request) -> str:
-    return engine.add(request.prompt, SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True))
 
 
 async def on_server(url: str, running: list[load.Request], long: load.Request) -> tuple[Gaps, float]:

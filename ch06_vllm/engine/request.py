@@ -91,6 +91,11 @@ class SamplingParams:
             if not fine:
                 raise ValueError(what)
 
+    @classmethod
+    def exactly(cls, tokens: int) -> SamplingParams:
+        """The likeliest so many tokens, whatever they are: an answer of a length known beforehand, for benchmarks."""
+        return cls(tokens, temperature=0, ignore_eos=True)
+
 
 @dataclass(frozen=True)
 class Logprob:
