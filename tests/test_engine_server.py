@@ -300,6 +300,12 @@ def test_what_would_change_the_answer_and_is_not_supported_is_refused_by_name(ou
     assert name in caught.value.message
 
 
+def test_usage_with_every_chunk_is_refused_and_not_left_out(ours: Server) -> None:
+    wanted = greedy(ours, stream=True, stream_options={"continuous_usage_stats": True})
+    status, answer = ask(ours, "/v1/completions", wanted)
+    assert (status, answer["error"]["param"]) == (400, "stream_options")
+
+
 def test_what_asks_for_nothing_is_accepted(ours: Server) -> None:
     nothing: Json = {
         "presence_penalty": 0,

@@ -179,6 +179,10 @@ def parse(kind: type[Body], raw: bytes) -> Body:
             raise RequestError(f"{name} is not supported by this engine; leave it out", param=name)
     if body.stream_options and not body.stream:
         raise RequestError("Stream options can only be defined when `stream=True`.", param="stream_options")
+    if body.stream_options and body.stream_options.continuous_usage_stats:
+        raise RequestError(
+            "continuous_usage_stats is not supported by this engine; ask for include_usage", param="stream_options"
+        )
     return body
 
 
