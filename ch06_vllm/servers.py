@@ -94,12 +94,19 @@ def own_cores() -> list[int]:
 def exports() -> None:
     """Print vLLM's variables for a node of several as shell commands, for the scripts in launch/.
 
-    VLLM_HOST_IP is the address by which this node reaches MASTER_ADDR: without a default route vLLM finds none.
+    VLLM_HOST_IP is the address by which this node reaches MASTER_ADDR: without a default route vLLM finds none. What
+    is wrong is one line on stderr and exit code 2.
     """
-    variables = vllm_environment(1)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
-        variables["VLLM_HOST_IP"] = probe.getsockname()[0]
+    master = os.environ["MASTER_ADDR"]
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # sends nothing
+            own = probe.getsockname()[0]
+        variables = vllm_environment(1) | {"VLLM_HOST_IP": own}
+    except (UserError, OSError) as error:
+        unreachable = f"MASTER_ADDR {master!r} cannot be reached ({error}); set it to the address of node 0"
+        print(f"error: {error if isinstance(error, UserError) else unreachable}", file=sys.stderr)
+        sys.exit(2)
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 

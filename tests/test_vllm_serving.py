@@ -287,6 +287,24 @@ def test_a_launch_script_says_what_it_lacks(name: str, env: dict[str, str], said
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"MASTER_ADDR": "256.0.0.1"}, "error: MASTER_ADDR '256.0.0.1' cannot be reached"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "XDG_CACHE_HOME": "/nowhere"},
+            "error: there is no vLLM here; run make setup-vllm",
+        ),
+    ],
+)
+def test_a_node_that_cannot_join_says_so_in_one_line(env: dict[str, str], said: str) -> None:
+    env = {"NNODES": "2", "NODE_RANK": "1", **env}
+    done = process.run(["bash", "ch06_vllm/launch/multi_node.sh", "model"], timeout_s=60, env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(said)
+
+
 def test_the_hosts_of_a_virtual_cluster_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
     assert servers.own_cores() == [4, 5, 6, 7]

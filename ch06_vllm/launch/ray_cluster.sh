@@ -10,12 +10,8 @@
 # Stop     Ctrl-C on node 0: Ray's head goes with it, and the other nodes end
 set -euo pipefail
 
-: "${NNODES:?how many nodes are there? set it}" "${NODE_RANK:?which one is this, from 0? set it}"
-: "${MASTER_ADDR:?address of node 0? set it}" "${1:?which model? name it first}"
-# shellcheck disable=SC1091
-if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
-variables=$(python -c 'from ch06_vllm.servers import exports; exports()')
-eval "$variables"
+# shellcheck source=ch06_vllm/launch/node.sh
+source "${BASH_SOURCE[0]%/*}/node.sh"
 export RAY_USAGE_STATS_ENABLED=0
 head="$MASTER_ADDR:${RAY_PORT:-6379}"
 
