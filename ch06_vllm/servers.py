@@ -74,6 +74,7 @@ def vllm_environment(ranks: int) -> dict[str, str]:
     found = {
         "PATH": f"{vllm_program().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "VLLM_NO_USAGE_STATS": "1",
+        "SPT_NOENV": "1",  # its processes' titles would overwrite the variables by which a Child finds them
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
     several = ranks > 1 or described() is not None
