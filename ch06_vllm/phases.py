@@ -10,7 +10,7 @@ You see     a table: FLOPs a byte against this machine's ridge, milliseconds of 
             roofline, tokens/s over prompt lengths and batch sizes
 
 On our engine each step is timed by itself. vLLM tells how long each request was in prefill and in decode (/metrics):
-means over requests that came together. The ceilings are measured here, at the start: a large matrix product and a triad.
+means over requests that came together. The ceilings are measured here, at the start: a matrix product and a triad.
 """
 
 from __future__ import annotations

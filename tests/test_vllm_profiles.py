@@ -7,6 +7,7 @@ import http.server
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -251,9 +252,12 @@ def test_shapes() -> None:
 def test_phases_on_vllm_are_by_its_own_clock(vllm_server: Server, ids: np.ndarray) -> None:
     prefill, decode = phases.Shape("prefill", 2, 64), phases.Shape("decode", 2, 64)
     times: phases.Times = {prefill: [], decode: []}
+    began = time.perf_counter()
     phases.on_vllm(vllm_server.url, prefill, requests(ids, [(64, 1)] * 2, seed=3), times)
     phases.on_vllm(vllm_server.url, decode, requests(ids, [(64, 20)] * 2, seed=4), times)
-    assert 0 < times[decode][0] < times[prefill][0]  # 1 token of each, against 64
+    seconds = time.perf_counter() - began  # of both: no request can have been in a phase for longer
+    assert 0 < times[prefill][0] < seconds
+    assert 0 < 19 * times[decode][0] < seconds
 
 
 # ---------------------------------------------------------------- continuous and static batching
