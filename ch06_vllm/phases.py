@@ -3,14 +3,14 @@
 You learn   FLOPs and bytes of both by formula; why prefill is bound by arithmetic and decode by memory, what batching
             changes for each, and from which context on a batch no longer helps; what share of a request's time each is
 Laptop      python -m ch06_vllm.phases --preset small
-            python -m ch06_vllm.phases --engine ours,vllm          (vLLM by TTFT and ITL: one start)
+            python -m ch06_vllm.phases --engine ours,vllm          (vLLM by its own metrics: one start)
 GPU node    python -m ch06_vllm.phases --preset 1b --prompts 128,512,2048 --batches 1,8,64 --engine ours,vllm
 Cluster     nothing more: a replica is one device, or one tensor-parallel group
 You see     a table: FLOPs a byte against this machine's ridge, milliseconds of each engine, what binds; phases.png: the
             roofline, tokens/s over prompt lengths and batch sizes
 
-On our engine each step is timed by itself. A server tells TTFT, in which HTTP and scheduling are too, and ITL. The
-ceilings are measured here, at the start: a large matrix product and a triad.
+On our engine each step is timed by itself. vLLM tells how long each request was in prefill and in decode (/metrics):
+means over requests that came together. The ceilings are measured here, at the start: a matrix product and a triad.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import blocks
 from ch06_vllm.kv_run import send
+from ch06_vllm.scrape import scrape
 from ch06_vllm.servers import Server
 from ch06_vllm.started import engine_name, folder_of
 from common import dist, lm, logs, script
@@ -104,16 +105,15 @@ def on_ours(engine: Engine, shape: Shape, requests: Sequence[load.Request], time
 
 
 def on_vllm(url: str, shape: Shape, requests: Sequence[load.Request], times: Times) -> None:
-    """Prefill: until all have their first token. Decode: gaps of the first request while all of them decode."""
+    """By the engine's own clock, means of the requests: on two cores the server's front end sends tokens in bursts."""
+    before = scrape(url)
     _, records = asyncio.run(send(url, requests))
     if failed := [record.error for record in records if record.error]:
         raise script.UserError(f"{shape.name}: {failed[0]}; mend that first")
-    last_first = max(record.arrivals_s[0] for record in records)
-    if shape.phase == "prefill":
-        times[shape].append(last_first - min(record.sent_s for record in records))
-    else:
-        together = [at_s for at_s in records[0].arrivals_s if at_s >= last_first]
-        times[shape] += np.diff(together).tolist()
+    after = scrape(url)
+    metric = f"vllm:request_{shape.phase}_time_seconds_sum"
+    steps = len(requests) if shape.phase == "prefill" else sum(request.max_tokens - 1 for request in requests)
+    times[shape].append((after[metric] - before[metric]) / steps)
 
 
 def measure(args: argparse.Namespace, engine: str, model: Path, wanted: Sequence[Shape]) -> dict[Shape, float]:
