@@ -202,16 +202,21 @@ def test_measured_times_agree_with_those_that_the_server_wrote_down(
     assert (result["completion_tokens"], result["prompt_tokens"], result["exact_lengths"]) == (160, 20 * 128, True)
     assert result["goodput_per_s"] == result["requests_per_s"]
     assert {len(row["arrivals_s"]) for row in rows} == {len(one.written_s) for one in seen} == {8}
+    client_s = {
+        "itl": [gap for row in rows for gap in np.diff(row["arrivals_s"])],
+        "tpot": [(row["arrivals_s"][-1] - row["arrivals_s"][0]) / 7 for row in rows],
+        "ttft": [row["arrivals_s"][0] - row["sent_s"] for row in rows],
+        "e2e": [row["arrivals_s"][-1] - row["sent_s"] for row in rows],
+    }
+    for name, times in client_s.items():
+        assert result[f"{name}_ms_p50"] == pytest.approx(1e3 * median(times), rel=1e-4)
     server_s = {
-        "itl": [gap for one in seen for gap in np.diff(one.written_s)],
-        "tpot": [(one.written_s[-1] - one.written_s[0]) / 7 for one in seen],
         "ttft": [one.written_s[0] - one.arrived_s for one in seen],
         "e2e": [one.written_s[-1] - one.arrived_s for one in seen],
     }
-    for name, times in server_s.items():
-        assert result[f"{name}_ms_p50"] == pytest.approx(1e3 * median(times), rel=0.25)
-    for name in ("ttft", "e2e"):  # a client waits no less than the server took
-        assert result[f"{name}_ms_mean"] >= 1e3 * np.mean(server_s[name])
+    for name, took in server_s.items():  # a client waits no less than the server took, which is no less than it should
+        assert all(waited >= served for waited, served in zip(sorted(client_s[name]), sorted(took), strict=True))
+        assert min(took) >= server.ttft_s + (7 * server.gap_s if name == "e2e" else 0)
     assert (tmp_path / "load.png").stat().st_size > 10_000
 
 

@@ -293,7 +293,6 @@ def test_on_real_vllm_a_random_model_fills_the_schema_scores_agree_and_a_caller_
         stream = client.chat.completions.create(model=vllm_server.model, messages=HELLO, stream=True, **endless)
         for _ in range(5):
             next(iter(stream))
-        assert metric(vllm_server, "num_requests_running") == 1
         stream.close()
         deadline = time.monotonic() + 60
         while metric(vllm_server, "num_requests_running") > 0:
