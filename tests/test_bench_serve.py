@@ -216,7 +216,7 @@ def test_measured_times_agree_with_those_that_the_server_wrote_down(
     }
     for name, took in server_s.items():  # a client waits no less than the server took, which is no less than it should
         assert all(waited >= served for waited, served in zip(sorted(client_s[name]), sorted(took), strict=True))
-        assert min(took) >= server.ttft_s + (7 * server.gap_s if name == "e2e" else 0)
+        assert min(took) > server.ttft_s + (7 * server.gap_s if name == "e2e" else 0) - 1e-3
     assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
