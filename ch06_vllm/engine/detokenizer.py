@@ -18,7 +18,10 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        before, cut = list(prompt[-8:]), []  # a word's first space depends on them
+        known = 8  # tokens of the prompt: a word's first space depends on them
+        while known < len(prompt) and tokenizer.decode(prompt[-known:]).startswith("\ufffd"):
+            known *= 2  # they begin within a character
+        before, cut = list(prompt[-known:]), []
         while before and tokenizer.decode(before).endswith("\ufffd"):  # it ends within a character, which is to come
             cut.insert(0, before.pop())
         self.stream = DecodeStream(ids=before, skip_special_tokens=True)
