@@ -109,7 +109,7 @@ def on_vllm(url: str, requests: Sequence[load.Request], policies: Policies) -> T
     info = before.labels["vllm:cache_config_info"]
     block_size = int(info["block_size"])
     usable = int(info["num_gpu_blocks"]) - 1  # block 0 pads tables, and is not lent
-    with Sampler(url) as sampler:
+    with Sampler(url, interval_s=0.02) as sampler:
         began, records = asyncio.run(send(url, requests))
     if failed := [record.error for record in records if record.error]:
         raise UserError(f"{len(failed)} requests failed: {failed[0]}; mend that first")

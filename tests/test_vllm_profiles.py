@@ -133,6 +133,7 @@ def test_a_block_of_the_longest_request_is_preallocation(served_model: Path, ids
     assert pieces.waste("paged") == pieces.waste("max") > 0.8
 
 
+@pytest.mark.alone  # gauges are sampled: nobody else may keep the sampler from its turn
 def test_vllm_takes_what_the_lengths_say(vllm_server: Server, ids: np.ndarray) -> None:
     info = scrape.scrape(vllm_server.url).labels["vllm:cache_config_info"]
     size = int(info["block_size"])
