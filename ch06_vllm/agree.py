@@ -35,6 +35,7 @@ from common import script
 from common.script import CheckFailed, UserError
 
 # ours: theirs, as `vllm bench serve` names them
+INSTANT_MS = 1e-3
 METRICS = {
     "ttft_ms_p50": "median_ttft_ms",
     "tpot_ms_p50": "median_tpot_ms",
@@ -146,6 +147,11 @@ def their_words(url: str, args: argparse.Namespace, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
+def ratio(ours: float, theirs: float) -> float:
+    """Of two times in ms, or two rates. The time between tokens that one read brought is none at all."""
+    return max(ours, INSTANT_MS) / max(theirs, INSTANT_MS)
+
+
 async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str, Any]:
     ids = load.usable_ids(args.model)
     limit_s = 120 + 4 * args.requests / args.rate
@@ -163,7 +169,7 @@ async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str
         rounds.append((pair["ours"], pair["theirs"]))
         sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
         apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
-        show = [f"{ours} {pair['ours'][ours] / pair['theirs'][their]:.3f}" for ours, their in METRICS.items()]
+        show = [f"{ours} {ratio(pair['ours'][ours], pair['theirs'][their]):.3f}" for ours, their in METRICS.items()]
         print(f"round {number + 1}, ours / theirs: {'  '.join(show)}", flush=True)
     return summarise(rounds) | {"definitions_differ": differ, "arrivals_apart_ms_p50": float(np.median(apart_s)) * 1e3}
 
@@ -173,21 +179,23 @@ async def definitions(judge: Theirs, records: Sequence[load.Record], figures: di
     done = [record.as_json() for record in records if not record.error]
     question = {"rows": done, "duration_s": figures["duration_s"], "percentiles": [90, 99]}
     found = await judge.ask(60, judge=question)
-    return max(abs(figures[ours] / found[their] - 1) for ours, their in (METRICS | TAILS).items())
+    return max(abs(ratio(figures[ours], found[their]) - 1) for ours, their in (METRICS | TAILS).items())
 
 
 def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
     """For each metric the median of ours / theirs over the rounds, its range, and the range of theirs by itself."""
     result: dict[str, Any] = {"rounds": len(rounds), "failed": sum(a["failed"] + b["failed"] for a, b in rounds)}
     for ours, their in METRICS.items():
-        ratios = [a[ours] / b[their] for a, b in rounds]
+        ratios = [ratio(a[ours], b[their]) for a, b in rounds]
         alone = np.array([b[their] for _, b in rounds])
         name = ours.removesuffix("_p50").removesuffix("_ms")
         result[f"{name}_ratio"] = float(np.median(ratios))
         result[f"{name}_ratio_range"] = [min(ratios), max(ratios)]
         result[f"{name}_ours"] = float(np.median([a[ours] for a, _ in rounds]))
         result[f"{name}_theirs"] = float(np.median(alone))
-        result[f"{name}_theirs_range"] = (alone / np.median(alone))[[alone.argmin(), alone.argmax()]].tolist()
+        result[f"{name}_theirs_range"] = (alone / max(np.median(alone), INSTANT_MS))[
+            [alone.argmin(), alone.argmax()]
+        ].tolist()
     result["largest_difference"] = max(abs(result[key] - 1) for key in result if key.endswith("_ratio"))
     return result
 
