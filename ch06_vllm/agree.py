@@ -147,9 +147,9 @@ def their_words(url: str, args: argparse.Namespace, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def ratio(ours: float, theirs: float) -> float:
-    """Of two times in ms, or two rates. The time between tokens that one read brought is none at all."""
-    return max(ours, INSTANT_MS) / max(theirs, INSTANT_MS)
+def ratio(ours: float, theirs: float) -> float | None:
+    """Of two times in ms, or two rates; None where one is no time at all, as between tokens that one read brought."""
+    return ours / theirs if min(ours, theirs) > INSTANT_MS else None
 
 
 async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str, Any]:
@@ -169,7 +169,8 @@ async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str
         rounds.append((pair["ours"], pair["theirs"]))
         sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
         apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
-        show = [f"{ours} {ratio(pair['ours'][ours], pair['theirs'][their]):.3f}" for ours, their in METRICS.items()]
+        found = {ours: ratio(pair["ours"][ours], pair["theirs"][their]) for ours, their in METRICS.items()}
+        show = [f"{name} {'no time' if value is None else f'{value:.3f}'}" for name, value in found.items()]
         print(f"round {number + 1}, ours / theirs: {'  '.join(show)}", flush=True)
     return summarise(rounds) | {"definitions_differ": differ, "arrivals_apart_ms_p50": float(np.median(apart_s)) * 1e3}
 
@@ -179,24 +180,27 @@ async def definitions(judge: Theirs, records: Sequence[load.Record], figures: di
     done = [record.as_json() for record in records if not record.error]
     question = {"rows": done, "duration_s": figures["duration_s"], "percentiles": [90, 99]}
     found = await judge.ask(60, judge=question)
-    return max(abs(ratio(figures[ours], found[their]) - 1) for ours, their in (METRICS | TAILS).items())
+    pairs = [(figures[ours], found[their]) for ours, their in (METRICS | TAILS).items()]
+    return max(abs(ours - theirs) / max(theirs, INSTANT_MS) for ours, theirs in pairs)
 
 
 def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
     """For each metric the median of ours / theirs over the rounds, its range, and the range of theirs by itself."""
     result: dict[str, Any] = {"rounds": len(rounds), "failed": sum(a["failed"] + b["failed"] for a, b in rounds)}
     for ours, their in METRICS.items():
-        ratios = [ratio(a[ours], b[their]) for a, b in rounds]
+        ratios = [found for a, b in rounds if (found := ratio(a[ours], b[their])) is not None]
         alone = np.array([b[their] for _, b in rounds])
         name = ours.removesuffix("_p50").removesuffix("_ms")
-        result[f"{name}_ratio"] = float(np.median(ratios))
-        result[f"{name}_ratio_range"] = [min(ratios), max(ratios)]
+        result[f"{name}_ratio"] = float(np.median(ratios)) if ratios else None
+        result[f"{name}_ratio_range"] = [min(ratios), max(ratios)] if ratios else None
         result[f"{name}_ours"] = float(np.median([a[ours] for a, _ in rounds]))
         result[f"{name}_theirs"] = float(np.median(alone))
         result[f"{name}_theirs_range"] = (alone / max(np.median(alone), INSTANT_MS))[
             [alone.argmin(), alone.argmax()]
         ].tolist()
-    result["largest_difference"] = max(abs(result[key] - 1) for key in result if key.endswith("_ratio"))
+    result["largest_difference"] = max(
+        abs(value - 1) for key, value in result.items() if key.endswith("_ratio") and value is not None
+    )
     return result
 
 

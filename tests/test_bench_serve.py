@@ -396,3 +396,8 @@ def test_agreement_is_the_median_of_the_rounds() -> None:
     assert found["ttft_ratio_range"] == [0.5, 1.1]
     assert found["ttft_theirs_range"] == [1.0, 2.0]
     assert found["largest_difference"] == pytest.approx(0.04)
+    for _, theirs in rounds:
+        theirs["median_itl_ms"] = 0.0  # one read brought them: no time to compare with
+    found = agree.summarise(rounds)
+    assert found["itl_ratio"] is None
+    assert found["largest_difference"] == pytest.approx(0.04)
