@@ -39,7 +39,7 @@ ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
 OPTIONAL = {"gpu", "gpu_needs", "gpu_expect", "run_expect", "timeout_s", "alone"}
 AT_A_TIME = 2
-BESIDE_OTHERS = {"OMP_WAIT_POLICY": "passive"}  # threads that wait by spinning make two that share the cores 10 x slower
+BESIDE_OTHERS = {"OMP_WAIT_POLICY": "passive"}  # two that spin on shared cores: 10 x slower
 EXPECTATIONS = ("expect", "gpu_expect", "run_expect")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
