@@ -8,11 +8,10 @@ Cluster     python -m ch06_vllm.agree --model DIR --url http://node1:8000 --rate
 You see     ours / theirs for TTFT, TPOT, ITL, E2E and throughput: the median of the rounds and their range, beside the
             range of theirs alone; and what vLLM's own calculate_metrics makes of our records: the same, to rounding
 
-Both send at the same moments (vLLM's generator, reproduced from its seed), prompts of the same number of random tokens,
-for the same number of answered tokens. What remains different: vLLM sends text, which the server must tokenize, ours
-sends token ids; vLLM notes a chunk's time after parsing it, ours when its bytes are there; vLLM warms up with copies of
-its first prompt, and its prompts run through the vocabulary in order, so that some begin alike where it is small: a
-prefix cache finds both. The server that is started here has none.
+Both send the same texts at the same moments (vLLM's generators, from its seed), for the same number of answered tokens.
+What remains different: vLLM notes a chunk's time after parsing it, ours when its bytes are there; vLLM warms up with
+copies of its first prompt, ours with its first prompts. The server that is started here has no prefix cache, which
+would find them. On a CPU the engine has half of the cores and all others the rest: no client takes the engine's time.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 
 from ch06_vllm import bench_serve, load, turns
-from ch06_vllm.servers import Server, vllm_program
+from ch06_vllm.servers import Server, cores_of_ranks, own_cores, vllm_program
 from ch06_vllm.started import folder_of
 from common import script
+from common.bootstrap import gpus_visible
 from common.script import CheckFailed
 
 # ours: theirs, as `vllm bench serve` names them
@@ -53,14 +54,13 @@ def their_arrivals(rate: float, n: int, seed: int) -> np.ndarray:
     return times * (n / rate / times[-1])
 
 
-async def our_round(url: str, args: argparse.Namespace, ids: np.ndarray, seed: int) -> tuple[list[load.Record], dict]:
-    rng = np.random.default_rng(seed)
-
-    def drawn(n: int) -> list[load.Request]:
-        return load.workload(ids, [args.prompt_tokens] * n, [args.output_tokens] * n, rng)
-
-    times = their_arrivals(args.rate, args.requests, seed)
-    sent = bench_serve.Load(drawn(args.requests), drawn(args.warmup), times, args.requests)
+async def our_round(
+    url: str, args: argparse.Namespace, prompts: list[str], seed: int
+) -> tuple[list[load.Record], dict]:
+    requests = [load.Request(prompt, args.output_tokens) for prompt in prompts]
+    sent = bench_serve.Load(
+        requests, requests[: args.warmup], their_arrivals(args.rate, args.requests, seed), args.requests
+    )
     return await bench_serve.measure(url, sent, model=args.served_model, label=f"ours, seed {seed}")
 
 
@@ -81,19 +81,20 @@ def ratio(ours: float, theirs: float) -> float | None:
 
 
 async def compare(url: str, args: argparse.Namespace, judge: turns.Process) -> dict[str, Any]:
-    ids = load.usable_ids(args.model)
     limit_s = 120 + 4 * args.requests / args.rate
     rounds: list[tuple[dict, dict]] = []
     differ, apart_s = 0.0, []
     for number in range(args.rounds):
         seed = args.seed + number
+        words = their_words(url, args, seed)
+        prompts = await asyncio.to_thread(judge.ask, {"prompts": words}, 60)
         pair: dict[str, dict] = {}
         for who in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
             if who == "ours":
-                records, pair["ours"] = await our_round(url, args, ids, seed)
+                records, pair["ours"] = await our_round(url, args, prompts, seed)
                 differ = max(differ, await definitions(judge, records, pair["ours"]))
             else:
-                pair["theirs"] = await asyncio.to_thread(judge.ask, {"bench": their_words(url, args, seed)}, limit_s)
+                pair["theirs"] = await asyncio.to_thread(judge.ask, {"bench": words}, limit_s)
         rounds.append((pair["ours"], pair["theirs"]))
         sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
         apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
@@ -132,6 +133,15 @@ def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
     return result
 
 
+def engine_apart() -> dict[str, str]:
+    """Without a GPU: this process and all that it starts on half of the cores, and vLLM's variable for the others."""
+    cores = own_cores()
+    if gpus_visible() or len(cores) < 2:
+        return {}
+    os.sched_setaffinity(0, cores[len(cores) // 2 :])
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(cores[: len(cores) // 2], 1)}
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--url", help="a running vLLM (default: one is started, without prefix cache)")
@@ -154,7 +164,7 @@ def main(argv: list[str] | None = None) -> dict:
         url = args.url
         if not url:
             options = {"served-model-name": args.served_model, "enable-prefix-caching": False}
-            url = stack.enter_context(Server(args.model, "vllm", options)).url
+            url = stack.enter_context(Server(args.model, "vllm", options, env=engine_apart())).url
         judge = stack.enter_context(turns.Process("vllm bench serve", "ch06_vllm.vllm_bench:main"))
         judge.ready()
         result = asyncio.run(compare(url, args, judge))

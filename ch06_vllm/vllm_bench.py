@@ -9,8 +9,9 @@ from typing import Any
 from ch06_vllm.answer import in_turn
 
 
-def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """{"bench": command line} to the figures of that benchmark; {"judge": records} to those of our own records."""
+def load() -> Callable[[dict[str, Any]], Any]:
+    """{"bench": command line} to the figures of that benchmark, {"prompts": command line} to the texts that it sends,
+    {"judge": records} to what it makes of our own records."""
     from vllm.benchmarks import serve
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -34,10 +35,16 @@ def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
             result |= {f"p{p}_{name}_ms": value for p, value in getattr(found, f"percentiles_{name}_ms")}
         return result
 
-    def answer(asked: dict[str, Any]) -> dict[str, Any]:
-        return judge(**asked["judge"]) if "judge" in asked else serve.main(parser.parse_args(asked["bench"]))
+    def prompts(words: list[str]) -> list[str]:
+        args = parser.parse_args(words)
+        return [sample.prompt for sample in serve.get_samples(args, serve.get_tokenizer(args.model))]
 
-    return answer
+    ways = {
+        "bench": lambda words: serve.main(parser.parse_args(words)),
+        "prompts": prompts,
+        "judge": lambda asked: judge(**asked),
+    }
+    return lambda asked: next(ways[name](value) for name, value in asked.items())
 
 
 def main() -> None:
