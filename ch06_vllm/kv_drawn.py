@@ -11,7 +11,7 @@ NAMES = {"paged": "paged", "known": "length known", "pow2": "power of two", "max
 COLORS = ("#1f5c99", "#2e7d32", "#b3541e", "#6a4c93")
 
 
-def table(measured: dict[str, dict[str, Any]], rows: list[dict[str, float]]) -> str:
+def table(measured: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     lines = []
     for name, m in measured.items():
         lines.append(f"{name:<24}{'predicted':>11}{'measured':>11}")
@@ -26,15 +26,15 @@ def table(measured: dict[str, dict[str, Any]], rows: list[dict[str, float]]) -> 
                 f"{t.tokens / t.seconds:,.0f} tokens/s, {t.preemptions:.0f} preemptions"
             )
         lines.append("")
-    lines.append(f"{'block size':>10}{'empty':>9}{'slots a request':>17}{'(B-1)/2':>9}{'step ms':>9}")
+    lines.append(f"{'':<6}{'block size':>10}{'empty':>9}{'slots a request':>17}{'(B-1)/2':>9}{'step ms':>9}")
     lines += [
-        f"{r['block_size']:>10}{r['waste']:>9.1%}{r['empty_a_request']:>17.2f}{r['predicted_empty']:>9.1f}{r['step_ms']:>9.2f}"
+        f"{r['engine']:<6}{r['block_size']:>10}{r['waste']:>9.1%}{r['empty_a_request']:>17.2f}{r['predicted_empty']:>9.1f}{r['step_ms']:>9.2f}"
         for r in rows
     ]
     return "\n".join(lines)
 
 
-def plot(measured: dict[str, dict[str, Any]], rows: list[dict[str, float]], decoding: int, path: Path) -> None:
+def plot(measured: dict[str, dict[str, Any]], rows: list[dict[str, Any]], decoding: int, path: Path) -> None:
     """Slots over time, requests at once, empty slots by layout, block sizes."""
     import matplotlib
 
@@ -66,16 +66,19 @@ def plot(measured: dict[str, dict[str, Any]], rows: list[dict[str, float]], deco
     bars.set_xticks(np.arange(len(NAMES)) + width * (len(measured) - 1) / 2, NAMES.values())
     bars.set(ylabel="% of taken slots empty", title="mean over the run")
     bars.legend(frameon=False, fontsize=8)
-    at = [row["block_size"] for row in rows]
-    sizes.plot(at, [row["empty_a_request"] for row in rows], "o-", color=COLORS[0], label="empty slots a request")
-    sizes.plot(at, [row["predicted_empty"] for row in rows], "k:", label="(block size - 1) / 2")
-    sizes.set_xscale("log", base=2)
-    sizes.set(xlabel="block size", ylabel="slots", title="block size: fragmentation and speed (ours)")
-    sizes.set_xticks(at, map(str, at))
-    sizes.legend(frameon=False, fontsize=8, loc="upper center")
     right = sizes.twinx()
-    right.plot(at, [row["step_ms"] for row in rows], "s-", color=COLORS[2])
-    right.set_ylabel(f"ms for a decode step of {decoding}", color=COLORS[2])
-    right.set_ylim(0, None)
+    for name, color in zip(measured, COLORS, strict=False):
+        own = [row for row in rows if row["engine"] == name]
+        at = [row["block_size"] for row in own]
+        sizes.plot(at, [row["empty_a_request"] for row in own], "o-", color=color, label=f"{name}, empty slots")
+        right.plot(at, [row["step_ms"] for row in own], "s--", color=color, label=f"{name}, ms a step")
+    at = sorted({row["block_size"] for row in rows})
+    sizes.plot(at, [(size - 1) / 2 for size in at], "k:", label="(block size - 1) / 2")
+    sizes.set_xscale("log", base=2)
+    sizes.set(xlabel="block size", ylabel="slots a request", title="block size: fragmentation and speed")
+    sizes.set_xticks(at, map(str, at))
+    sizes.legend(frameon=False, fontsize=8, loc="upper left")
+    right.set(ylabel=f"ms for a decode step of {decoding}", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

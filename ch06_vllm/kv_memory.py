@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,14 @@ import numpy as np
 
 from ch01_intro.roofline import kv_bytes
 from ch06_vllm import load
-from ch06_vllm.engine import Config, SamplingParams
+from ch06_vllm.engine import Config
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_drawn import NAMES, plot, table
 from ch06_vllm.kv_policies import peak_blocks, policies, prefix_hits
 from ch06_vllm.kv_run import Trace, on_ours, on_vllm, vllm_in_steps
 from ch06_vllm.started import engine_name, folder_of
 from common import lm, logs, script
+from common.bootstrap import gpus_visible
 
 log = logs.get_logger()
 DECODING = 16  # requests of the block size sweep
@@ -178,41 +178,34 @@ def measure(
     }  # fmt: skip
 
 
-def step_times(setup: Setup, sizes: list[int]) -> dict[int, float]:
-    """Median milliseconds of a decode step of DECODING requests for each block size, on our engine; interleaved."""
-    args = setup.args
+def sweep(name: str, setup: Setup, some: list[load.Request], ids: np.ndarray) -> list[dict[str, Any]]:
+    """For each block size: what is empty, by formula and run, and the median time of a decode step of DECODING."""
+    args, start = setup.args, getattr(setup, name)
+    kernels = 1 if name == "ours" else 16 if gpus_visible() else 32  # vLLM's are made for multiples of it
+    sizes = [size for size in args.sweep if args.cache_tokens % size == 0 and size % kernels == 0]
+    log.info(f"{name}: block sizes", sizes=sizes)
+    # Ours are interleaved; each vLLM would have a GPU for itself.
+    together = [sizes] if name == "ours" else [[size] for size in sizes]
     prompt = min(args.cache_tokens // DECODING, args.max_model_len) - 48
-    ids = load.usable_ids(setup.model)
-    steps = 16
+    traces: dict[int, Trace] = {}
     times: dict[int, list[float]] = {size: [] for size in sizes}
-    engines = {size: setup.engine(size, caching=False) for size in sizes}
-    for number in range(args.rounds):
-        for size, engine in engines.items():
-            rng = np.random.default_rng(number)
-            for request in load.workload(ids, [prompt] * DECODING, [steps + 2] * DECODING, rng):
-                engine.add(request.prompt, SamplingParams.exactly(request.max_tokens))
-            while engine.scheduler.waiting or any(r.num_pending > 1 for r in engine.scheduler.running):
-                engine.step()
-            while engine.has_work:
-                began = time.perf_counter()
-                engine.step()
-                times[size].append(time.perf_counter() - began)
-    return {size: statistics.median(seconds) * 1e3 for size, seconds in times.items()}
-
-
-def sweep(setup: Setup, some: list[load.Request]) -> list[dict[str, float]]:
-    """For each block size: what is empty, by formula and run, and the step's time."""
-    sizes = [size for size in setup.args.sweep if setup.args.cache_tokens % size == 0]
-    log.info("ours: block sizes", sizes=len(sizes))
-    times, rows = step_times(setup, sizes), []
-    for size in sizes:
-        with setup.ours(size) as run:
-            trace = run(some)
-        rows.append({
-            "block_size": size, "waste": trace.waste("paged"), "empty_a_request": trace.empty_a_request,
-            "predicted_empty": (size - 1) / 2, "step_ms": times[size],
-        })  # fmt: skip
-    return rows
+    for group in together:
+        with contextlib.ExitStack() as stack:
+            runs: dict[int, Run] = {size: stack.enter_context(start(size, caching=False)) for size in group}
+            traces |= {size: run(some) for size, run in runs.items()}
+            for number in range(args.rounds):
+                rng = np.random.default_rng(number)
+                decoding = load.workload(ids, [prompt] * DECODING, [18] * DECODING, rng)
+                for size, run in runs.items():
+                    times[size] += run(decoding).step_s(DECODING)
+    return [
+        {
+            "engine": name, "block_size": size, "waste": trace.waste("paged"),
+            "empty_a_request": trace.empty_a_request, "predicted_empty": (size - 1) / 2,
+            "step_ms": statistics.median(times[size]) * 1e3,
+        }
+        for size, trace in traces.items()
+    ]  # fmt: skip
 
 
 def figures(name: str, m: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     prompts = max(sum(len(request.prompt) for request in group) for group in (some, alike))
     setup = Setup(args, model, max(prompts, args.max_model_len, args.requests))
     measured = {name: measure(name, setup, ids, some, alike) for name in args.engine}
-    rows = sweep(setup, some)
+    rows = [row for name in args.engine for row in sweep(name, setup, some, ids)]
     print(table(measured, rows))
     plot(measured, rows, DECODING, run.path("kv_memory.png"))
     result: dict[str, Any] = {"requests": args.requests, "requests_that_fit": len(some), "block_size": args.block_size}

@@ -60,6 +60,10 @@ class Trace:
             sum(span for span, running in spans if running), 1e-9
         )
 
+    def step_s(self, decoding: int) -> list[float]:
+        """Seconds of the steps that gave a token to each of so many requests, and did nothing else."""
+        return [after.at_s - now.at_s for now, after in pairwise(self.samples) if after.held - now.held == decoding]
+
     def waste(self, policy: str) -> float:
         """Share of the slots that a policy takes in which no token is held, over the run."""
         needed = sum(sample.needed[policy] for sample in self.samples)

@@ -133,6 +133,7 @@ def test_a_block_of_the_longest_request_is_preallocation(served_model: Path, ids
     assert pieces.waste("paged") == pieces.waste("max") > 0.8
 
 
+@pytest.mark.alone  # vLLM's threads are bound to all cores: who shares one holds up all
 def test_vllm_takes_what_the_lengths_say_to_the_block(served_model: Path, ids: np.ndarray) -> None:
     if lacking := exercises.missing_for("vllm"):
         pytest.skip(f"needs {lacking}")
@@ -467,7 +468,7 @@ def test_kv_memory_script(tmp_path: Path) -> None:
     assert done.result["ours_largest_error"] == 0
     assert done.result["ours_blocks_saved"] > 0 == done.result["ours_hits_without_cache"]
     assert done.result["ours_most_running_in_one_piece"] == 2048 // 256 < done.result["ours_most_running_paged"]
-    assert [row["block_size"] for row in done.result["sweep"]] == [8, 32]
+    assert [(row["engine"], row["block_size"]) for row in done.result["sweep"]] == [("ours", 8), ("ours", 32)]
     assert (tmp_path / "kv_memory.png").stat().st_size > 10_000
 
 
