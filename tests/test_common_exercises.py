@@ -354,13 +354,15 @@ print('RESULT {"value": 1}')
 
 def test_two_run_at_a_time_and_those_that_measure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others: dict[str, int] = {}  # by exercise, those that ran when it began
+    waits: dict[str, str | None] = {}
 
     class Counted(process.Child):
         born: ClassVar[list[process.Child]] = []
 
-        def __init__(self, command: str) -> None:
+        def __init__(self, command: str, env: dict[str, str]) -> None:
             others[command.split()[-1]] = sum(child.process.poll() is None for child in self.born)
-            super().__init__(command)
+            waits[command.split()[-1]] = env.get("OMP_WAIT_POLICY")
+            super().__init__(command, env=env)
             self.born.append(self)
 
     monkeypatch.setattr(process, "Child", Counted)
@@ -382,6 +384,7 @@ def test_two_run_at_a_time_and_those_that_measure_alone(tmp_path: Path, monkeypa
         ("first", "passed"), ("a", "passed"), ("b", "passed"), ("last", "passed"),
     ]  # fmt: skip
     assert others == {"a": 0, "b": 1, "first": 0, "last": 0}
+    assert waits == {"a": "passive", "b": "passive", "first": None, "last": None}
     assert told[2:] == ["first", "last"]
 
 
