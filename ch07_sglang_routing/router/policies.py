@@ -134,9 +134,7 @@ def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int]) -
 # Fails  where request_tokens is far off: at 0 prefix affinity wins over any number of decoding requests, at infinity it
 #        is least_in_flight. Blind to the length of the answer, which nobody knows. With several routers each knows only
 #        what it sent itself.
-def least_work(
-    ask: Ask, workers: Sequence[Worker], cached: Sequence[int], request_tokens: float = 64.0
-) -> int:
+def least_work(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], request_tokens: float = 64.0) -> int:
     length = len(ask.tokens)
     scores = [
         prompt_tokens(length - has, ask.tokens) + worker.pending_tokens + request_tokens * worker.in_flight
