@@ -25,6 +25,7 @@ from ch07_sglang_routing.router.policies import POLICIES, CacheAware, least_work
 from ch07_sglang_routing.router.proxy import Limits
 from ch07_sglang_routing.router.radix import RadixTree
 from ch07_sglang_routing.router.router import Router
+from ch07_sglang_routing.router.workers import address
 from common import logs, script
 from common.script import UserError
 
@@ -32,10 +33,18 @@ Json = dict[str, Any]
 READS = ("session", "prefix", "joint")  # policies that look into a request
 
 
+def prefill(text: str) -> tuple[str, int | None]:
+    """argparse type: URL or URL,PORT."""
+    url, _, port = text.partition(",")
+    if port and not port.isdigit():
+        raise UserError(f"{port!r} is no port of a bootstrap server; give --prefill URL,PORT")
+    return url, int(port) if port else None
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--worker", action="append", default=[], metavar="URL", help="an engine; several times")
-    parser.add_argument("--prefill", action="append", default=[], metavar="URL[,PORT]",
+    parser.add_argument("--prefill", action="append", default=[], type=prefill, metavar="URL[,PORT]",
                         help="an engine that only prefills, and the port of its bootstrap server")  # fmt: skip
     parser.add_argument("--decode", action="append", default=[], metavar="URL", help="an engine that only decodes")
     parser.add_argument("--policy", choices=tuple(POLICIES), default="joint")
@@ -61,7 +70,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def new_router(args: argparse.Namespace) -> Router:
-    """Raises UserError: an address that is none."""
     policy = POLICIES[args.policy]()
     if isinstance(policy, CacheAware):
         tree = RadixTree(args.tree_size, args.worker_cache)
@@ -88,11 +96,8 @@ def new_router(args: argparse.Namespace) -> Router:
     )
     for url in args.worker:
         router.fleet.add(url)
-    for url in args.prefill:
-        url, _, port = url.partition(",")
-        if port and not port.isdigit():
-            raise UserError(f"{port!r} is no port of a bootstrap server; give --prefill URL,PORT")
-        router.fleet.add(url, "prefill", int(port) if port else None)
+    for url, port in args.prefill:
+        router.fleet.add(url, "prefill", port)
     for url in args.decode:
         router.fleet.add(url, "decode")
     return router
@@ -122,6 +127,9 @@ def main(argv: list[str] | None = None) -> Json:
     logging.getLogger("router").setLevel(logging.INFO)
     if bool(args.prefill) != bool(args.decode):
         raise UserError("prefill and decode workers need each other; give --prefill and --decode")
+    names = [address(url)[2] for url in [*args.worker, *(url for url, _ in args.prefill), *args.decode]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"the worker {twice} is there already; name each once")
     bound = bind(args.host, args.port)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file

@@ -46,6 +46,7 @@ class Attempt:
         self.exchange, self.worker, self._data = exchange, worker, data
         self.over = False
         self.head: Head | None = None
+        self._chunked: Chunked | None = None
         self._connection: Connection | None = None
         self._lease = Lease(worker, tokens)
         worker.breaker.begin()
@@ -71,7 +72,8 @@ class Attempt:
             self._send(connection)
 
     def answered(self, head: Head, body: bytes) -> None:
-        self.head = head
+        assert self._connection
+        self.head, self._chunked = head, self._connection.chunked
         self.exchange.answered(self, head, body)
         if body and not self.over:
             self._lease.first_token()
@@ -102,8 +104,7 @@ class Attempt:
 
     def at_chunk(self) -> bool:
         """Whether what was passed on ends with a whole chunk."""
-        chunked = self._connection and self._connection.chunked
-        return bool(chunked and chunked.between)
+        return self._chunked is not None and self._chunked.between
 
     def _failed(self, why: str) -> None:
         if not self.over:

@@ -135,21 +135,26 @@ class Connection(asyncio.Protocol):
         reader.broken("the connection to the worker was lost")
 
 
+def address(url: str) -> tuple[str, int, str]:
+    """Host, port, and the worker's name: HOST:PORT. Raises UserError."""
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port or 80
+    except ValueError:
+        raise UserError(f"{url!r} is no worker's address; give it as http://HOST:PORT") from None
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+        raise UserError(f"{url!r} is no worker's address; give it as http://HOST:PORT")
+    return parts.hostname, port, f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
+
+
 class Worker:
     """One engine. in_flight and pending_tokens are what the policies read; only a Lease changes them."""
 
     def __init__(self, url: str, role: str = "any", bootstrap_port: int | None = None, **breaker: Any) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        try:
-            port = parts.port or 80
-        except ValueError:
-            port = 0
-        if parts.scheme != "http" or not parts.hostname or not port or parts.path.strip("/") or parts.query:
-            raise UserError(f"{url!r} is no worker's address; give it as http://HOST:PORT")
+        self.host, self.port, self.name = address(url)
         if role not in ROLES:
             raise UserError(f"{role!r} is no role of a worker; take one of {', '.join(ROLES)}")
-        self.host, self.port, self.role, self.bootstrap_port = parts.hostname, port, role, bootstrap_port
-        self.name = f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+        self.role, self.bootstrap_port = role, bootstrap_port
         self.in_flight = self.pending_tokens = 0
         self.healthy: bool | None = None  # None: not asked yet
         self.draining = False
