@@ -27,11 +27,15 @@ Handler = Callable[["Call"], Awaitable[None]]
 
 
 def run(work: Coroutine[Any, Any, None], timeout_s: float = 60) -> None:
+    failed: list[Json] = []  # exceptions in callbacks, which nobody would see
+
     async def limited() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
         async with asyncio.timeout(timeout_s):
             await work
 
     uvloop.run(limited())
+    assert not failed, failed
 
 
 async def until(condition: Callable[[], object], what: str, timeout_s: float = 20) -> None:
@@ -117,7 +121,7 @@ class Backend:
             writer.close()
 
     async def _handle(self, call: Call) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop's word for a connection that is gone
             await self.handler(call)
 
 
