@@ -193,7 +193,7 @@ def test_a_chunked_request_reaches_the_worker_with_a_length() -> None:
     async def test() -> None:
         async with Backend() as worker, routed(worker.url) as router:
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-            assert await raw(router, head + b"5;x=y\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nT: 1\r\n\r\n") == (200, b'{"a":1}')
+            assert await raw(router, head + b'5;x=y\r\n{"a":\r\n2\r\n1}\r\n0\r\nT: 1\r\n\r\n') == (200, b'{"a":1}')
             assert b"content-length: 7" in worker.calls[0].head
             assert b"transfer-encoding" not in worker.calls[0].head.lower()
 
@@ -338,7 +338,10 @@ def test_a_client_that_sends_its_request_forever_is_told_to_stop() -> None:
 def test_failures_before_the_first_byte_are_tried_again_elsewhere() -> None:
     async def test(first: FakeServer, second: FakeServer) -> None:
         urls = (first.url, second.url)
-        async with routed(*urls, policy="round_robin", health_path="/v1/models") as router, Client(router.url) as client:
+        async with (
+            routed(*urls, policy="round_robin", health_path="/v1/models") as router,
+            Client(router.url) as client,
+        ):
             for does in (Does(status=503), Does(drop=True), Does(status=429)):
                 first.script.append(does)  # round robin: each goes to the first, then to the second
                 told = await client.complete("p", model="fake", max_tokens=2)
@@ -613,7 +616,12 @@ def test_workers_are_added_and_drained_while_it_runs() -> None:
         call.say(200, b'"waited"')
 
     async def test() -> None:
-        async with Backend(wait) as old, Backend() as new, routed(old.url) as router, aiohttp.ClientSession() as session:
+        async with (
+            Backend(wait) as old,
+            Backend() as new,
+            routed(old.url) as router,
+            aiohttp.ClientSession() as session,
+        ):
             waiting = asyncio.create_task(raw(router, post(ASKED)))
             await until(lambda: old.calls, "the request at the worker")
             async with session.post(f"{router.url}/workers", json={"url": new.url}) as response:
@@ -736,4 +744,3 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
         assert said in done.stderr
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
-

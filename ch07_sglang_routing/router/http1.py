@@ -25,11 +25,10 @@ _FIELDS = rb"((?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*)*)"
 _REQUEST = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?" + _FIELDS)
 # What concerns one connection only (RFC 9110, section 7.6.1). The length is written anew.
-_HOP_BY_HOP = re.compile(
-    rb"\r\n(?:connection|keep-alive|proxy-connection|proxy-authenticate|proxy-authorization|te|trailer|upgrade|expect|"
-    rb"transfer-encoding|content-length):[^\r]*",
-    re.IGNORECASE,
-)
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+     b"upgrade", b"expect", b"transfer-encoding", b"content-length")
+)  # fmt: skip
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
@@ -58,13 +57,15 @@ class Head:
         self.fields: dict[bytes, bytes] = {}
         self.length: int | None = None
         self.chunked = False
-        if raw:
-            for line in raw[2:].split(b"\r\n"):
-                name, _, value = line.partition(b":")
-                name, value = name.lower(), value.strip(b" \t")
-                if name in self.fields and name in (b"content-length", b"transfer-encoding", b"host"):
-                    raise BadMessage(400, f"two {name.decode()} fields")
-                self.fields[name] = value
+        own = [b""]
+        for line in raw[2:].split(b"\r\n") if raw else ():
+            name, _, value = line.partition(b":")
+            name = name.lower()
+            if name in self.fields and name in (b"content-length", b"transfer-encoding", b"host"):
+                raise BadMessage(400, f"two {name.decode()} fields")
+            self.fields[name] = value.strip(b" \t")
+            if name not in _HOP_BY_HOP:
+                own.append(line)
         if (encoding := self.fields.get(b"transfer-encoding")) is not None:
             if b"content-length" in self.fields:
                 raise BadMessage(400, "both Content-Length and Transfer-Encoding")
@@ -77,10 +78,10 @@ class Head:
             self.length = int(length)
         connection = self.fields.get(b"connection", b"").lower()
         self.close = minor == b"0" or b"close" in connection
-        self.own = _HOP_BY_HOP.sub(b"", raw)
         if connection not in (b"", b"close", b"keep-alive"):  # it may name more fields that stop here
-            for name in connection.split(b","):
-                self.own = re.sub(rb"(?i)\r\n" + re.escape(name.strip()) + rb":[^\r]*", b"", self.own)
+            named = tuple(name.strip() + b":" for name in connection.split(b","))
+            own = [line for line in own if not line.lower().startswith(named)]
+        self.own = b"\r\n".join(own)
 
 
 def request_head(data: bytes) -> Head:

@@ -80,7 +80,7 @@ class RadixTree:
             self._numbers[worker], self._names[self._next], self._clocks[self._next] = self._next, worker, 0
             self._next += 1
         number = self._numbers[worker]
-        node, at, path = self._root, 0, []
+        node, at, path, lacked = self._root, 0, [], 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
@@ -88,9 +88,11 @@ class RadixTree:
             elif (same := _common(child.label, tokens, at)) < len(child.label):
                 child = self._split(child, same)
             at += len(child.label)
+            if not self._has(number, child):
+                lacked += len(child.label)
             node = child
             path.append(node)
-        self._clocks[number] += sum(len(node.label) for node in path if not self._has(number, node))
+        self._clocks[number] += lacked
         for node in reversed(path):
             node.sent[number] = self._clocks[number]
             if len(node.sent) > len(self._clocks):  # of workers that are no more

@@ -74,7 +74,7 @@ class Router:
         """
         head = exchange.head
         generates = head.method == b"POST" and head.target.partition(b"?")[0] in prompt.GENERATES
-        disaggregated = generates and any(worker.role == "prefill" for worker in self.fleet.workers.values())
+        disaggregated = generates and self.fleet.disaggregated
         if exchange.ask is None:
             exchange.fields = prompt.parsed(exchange.body) if generates and (self.reads or disaggregated) else {}
             exchange.ask = prompt.ask_of(head, exchange.fields, self.rng.random())

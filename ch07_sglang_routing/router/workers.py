@@ -231,6 +231,7 @@ class Fleet:
 
     def __init__(self, gone: Callable[[str], None], *, health_path: str, interval_s: float, **breaker: Any) -> None:
         self.workers: dict[str, Worker] = {}
+        self.disaggregated = False  # whether there are workers for prefill alone
         self._gone, self._breaker = gone, breaker
         self._path, self._interval_s = health_path, interval_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -241,6 +242,7 @@ class Fleet:
         if worker.name in self.workers:
             raise UserError(f"there is a worker {worker.name} already; remove it first")
         self.workers[worker.name] = worker
+        self.disaggregated |= role == "prefill"
         self._tasks[worker.name] = asyncio.create_task(self._watch(worker))
         return worker
 
@@ -265,6 +267,7 @@ class Fleet:
                 while worker.in_flight:
                     await asyncio.sleep(0.02)
         del self.workers[worker.name], self._tasks[worker.name]
+        self.disaggregated = any(known.role == "prefill" for known in self.workers.values())
         self._gone(worker.name)
         worker.close()  # requests that are still there break off
 
