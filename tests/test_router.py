@@ -650,7 +650,7 @@ def test_only_who_may_can_change_the_workers() -> None:
     async def test() -> None:
         body = b'{"url": "http://127.0.0.1:9"}'
         async with Backend() as worker, routed(worker.url, admin_key="secret") as router:
-            add = dict(path="/workers")
+            add = {"path": "/workers"}
             json_type = "Content-Type: application/json"
             assert (await raw(router, post(body, json_type, **add)))[0] == 403
             assert (await raw(router, post(body, json_type, "Authorization: Bearer secre", **add)))[0] == 403

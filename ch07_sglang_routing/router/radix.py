@@ -1,12 +1,12 @@
 """Which worker probably has which prefix in its KV cache: a radix tree of the prompts that were sent, bounded.
 
-A radix tree holds each shared beginning once: a node is a piece of prompt (`label`), its children are the ways in which
-known prompts go on. Every node knows which workers were sent a prompt that runs through it. Sending is all a router sees:
-what an engine has thrown out since, it guesses by age (`keeps`).
+A radix tree holds each shared beginning once: a node is a piece of prompt (`label`), its children are the ways in
+which known prompts go on. Every node knows which workers were sent a prompt that runs through it. Sending is all that a
+router sees: what an engine has thrown out since, it guesses by age (`keeps`).
 
 Cost       insert and match: O(length of the prompt), compared slice by slice at memcmp's speed; remove: O(1).
-Memory     at most `limit` units: the items (tokens or characters) of all labels, and NODE units for each node, as a node
-           of one character costs memory too. Beyond it the least recently sent leaves go.
+Memory     at most `limit` units: the items (tokens or characters) of all labels, and NODE units for each node, as
+           one of one character costs memory too. Beyond it the least recently sent leaves go.
 """
 
 from __future__ import annotations
