@@ -16,8 +16,8 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from ch06_vllm.client import Client, RequestFailed
+from ch07_sglang_routing.router.client import Limits
 from ch07_sglang_routing.router.policies import POLICIES
-from ch07_sglang_routing.router.proxy import Limits
 from ch07_sglang_routing.router.router import Router
 from common import process
 from tests.openai_fake import Does, FakeServer
@@ -229,13 +229,13 @@ def test_a_stream_is_passed_on_chunk_by_chunk() -> None:
 
     async def test() -> None:
         async with Backend(stream) as worker, routed(worker.url) as router, aiohttp.ClientSession() as session:
-            async with session.post(f"{router.url}/v1/completions", data=ASKED) as response:
-                assert await response.content.readany() == b"data: 1\n\n"  # while the worker waits
-                (known,) = router.fleet.workers.values()
-                assert (known.in_flight, known.pending_tokens) == (1, 0)  # its prompt is computed
-                assert response.headers["x-router-worker"] == known.name
-                go.set()
-                assert await response.content.read() == b"data: 2\n\n"
+            response = await session.post(f"{router.url}/v1/completions", data=ASKED)
+            assert await response.content.readany() == b"data: 1\n\n"  # while the worker waits
+            (known,) = router.fleet.workers.values()
+            assert (known.in_flight, known.pending_tokens) == (1, 0)  # its prompt is computed
+            assert response.headers["x-router-worker"] == known.name
+            go.set()
+            assert await response.content.read() == b"data: 2\n\n"
 
     run(test())
 
@@ -665,8 +665,10 @@ def test_only_who_may_can_change_the_workers() -> None:
 
 def test_prefill_and_decode_workers_get_the_same_request_and_one_room() -> None:
     async def test() -> None:
-        async with Backend() as prefill, Backend() as decode:
-            async with routed(prefill.url, decode.url, roles=("prefill", "decode")) as router:
+        async with contextlib.AsyncExitStack() as stack:
+            prefill, decode = [await stack.enter_async_context(Backend()) for _ in range(2)]
+            roles = ("prefill", "decode")
+            async with routed(prefill.url, decode.url, roles=roles) as router:
                 for body, batch in ((ASKED, None), (b'{"prompt": ["a", "b"]}', 2)):
                     status, said = await raw(router, post(body))
                     first, second = prefill.calls[-1].body, decode.calls[-1].body

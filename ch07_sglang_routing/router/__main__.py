@@ -1,7 +1,7 @@
 """A router: one address, many engines behind it.
 
 You learn   how a request finds the worker that has its prefix and is not busy, and what happens when that worker dies
-Laptop      python -m ch07_sglang_routing.router --worker http://127.0.0.1:8001 --worker http://127.0.0.1:8002 --policy joint
+Laptop      python -m ch07_sglang_routing.router --worker localhost:8001 --worker localhost:8002 --policy joint
 GPU node    the same; with prefill and decode apart: --prefill http://HOST:30000,8998 --decode http://HOST:30001
 Cluster     the same, on any node that reaches the engines; several routers side by side keep counts of their own
 You see     one line when it answers; GET /workers, /metrics. SIGTERM or Ctrl-C: running requests finish
@@ -21,8 +21,8 @@ from typing import Any
 import uvloop
 
 from ch06_vllm.servers import bind
+from ch07_sglang_routing.router.client import Limits
 from ch07_sglang_routing.router.policies import POLICIES, CacheAware, least_work, longest_prefix
-from ch07_sglang_routing.router.proxy import Limits
 from ch07_sglang_routing.router.radix import RadixTree
 from ch07_sglang_routing.router.router import Router
 from ch07_sglang_routing.router.workers import address
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tree-size", type=script.at_least(1024), default=2**22, metavar="CHARACTERS",
                         help="of prompts that are remembered (prefix, joint)")  # fmt: skip
     parser.add_argument("--worker-cache", type=script.at_least(1), metavar="CHARACTERS",
-                        help="what a worker's KV cache holds; older prompts do not count (default: no end)")  # fmt: skip
+                        help="what a worker's KV cache holds; older prompts do not count")  # fmt: skip
     parser.add_argument("--request-tokens", type=script.positive, default=64,
                         help="joint: what a running request weighs, in prompt tokens")  # fmt: skip
     parser.add_argument("--health-path", default="/health")

@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 (RFC 9112) as a router needs: where a message begins and ends, and which of its fields go no further.
+"""As much of HTTP/1.1 (RFC 9112) as a router needs: where a message begins and ends, and which fields go no further.
 
 Two parties that disagree on where a request ends let a client smuggle a second one past the first. So a head is taken
 only as the grammar has it, a length only if there is one; all else is refused. A request goes on to a worker with its
@@ -13,21 +13,21 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_HEAD = 32 * 1024  # bytes of a request line and its header fields
-REASONS = {200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-           408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 431: "Request Header Fields Too Large",
-           501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
+REASONS = {200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large",
+           431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
            505: "HTTP Version Not Supported"}  # fmt: skip
 KINDS = {400: "invalid_request_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
-         413: "invalid_request_error", 502: "bad_gateway", 503: "service_unavailable", 504: "timeout_error"}  # fmt: skip
+         502: "bad_gateway", 503: "service_unavailable", 504: "timeout_error"}  # fmt: skip
 
-# No bare CR or LF, no blank before a colon, no folded line, no control character: each has smuggled something somewhere.
+# No bare CR or LF, no blank before a colon, no folded line, no control character: each has smuggled something.
 _FIELDS = rb"((?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*)*)"
 _REQUEST = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?" + _FIELDS)
 # What concerns one connection only (RFC 9110, section 7.6.1). The length is written anew.
 _HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
-     b"upgrade", b"expect", b"transfer-encoding", b"content-length")
+    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te",
+     b"trailer", b"upgrade", b"expect", b"transfer-encoding", b"content-length")
 )  # fmt: skip
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 

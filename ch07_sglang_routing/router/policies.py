@@ -62,9 +62,9 @@ def round_robin(turn: int, workers: Sequence[Worker]) -> int:
 
 
 # The fewest requests in flight:  argmin in_flight.
-# Fails  by counting a prompt of 10 tokens like one of 10,000; blind to caches; a worker that refuses quickly looks idle
-#        and draws all requests (the breaker must take it out); several routers that do not know of each other's requests
-#        all choose the same worker.
+# Fails  by counting a prompt of 10 tokens like one of 10,000; blind to caches; a worker that refuses quickly looks
+#        idle and draws all requests (the breaker must take it out); several routers that do not know of each other's
+#        requests all choose the same worker.
 def least_in_flight(ask: Ask, workers: Sequence[Worker]) -> int:
     return lowest([worker.in_flight for worker in workers], ask.rank)
 
@@ -85,8 +85,8 @@ def power_of_two(ask: Ask, workers: Sequence[Worker]) -> int:
 # a worker comes or goes, only its own 1/N of the sessions move. With bounded loads (Mirrokni et al. 2018): the best by
 # hash that has fewer than  ceil(load_factor x (all in flight + 1) / N)  requests in flight.
 # Units  load_factor: times the average load. Infinite: strictly sticky. 1: as even as can be.
-# Fails  where a prefix is shared across sessions (a system prompt is computed on every worker); a session's cache is left
-#        behind each time the bound moves it. A request without a session goes to the fewest in flight.
+# Fails  where a prefix is shared across sessions (a system prompt is computed on every worker); a session's cache is
+#        left behind each time the bound moves it. A request without a session goes to the fewest in flight.
 def session(ask: Ask, workers: Sequence[Worker], load_factor: float = 1.25) -> int:
     if not ask.session:
         return least_in_flight(ask, workers)

@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from ch07_sglang_routing.router import http1, prompt
+from ch07_sglang_routing.router.client import Client, Limits
 from ch07_sglang_routing.router.http1 import BadMessage, Head
 from ch07_sglang_routing.router.metrics import Metrics
 from ch07_sglang_routing.router.policies import Ask, Policy, PrefillDecode, prompt_tokens
-from ch07_sglang_routing.router.proxy import Client, Exchange, Limits
+from ch07_sglang_routing.router.proxy import Exchange
 from ch07_sglang_routing.router.workers import Fleet, Worker
 from common.script import UserError
 
