@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -110,6 +111,8 @@ async def serve(args: argparse.Namespace, bound: socket.socket) -> Json:
         router.loop.add_signal_handler(number, asked.set)
     port = await router.listen(sock=bound)
     print(f"ready: http://{args.host}:{port} ({args.policy}, {len(router.fleet.workers)} workers)", flush=True)
+    gc.collect()
+    gc.freeze()  # what is here now stays: the collector need not look at it again
     await asked.wait()
     await router.stop(args.shutdown_timeout)
     metrics = router.metrics

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_HEAD = 32 * 1024  # bytes of a request line and its header fields
-REASONS = {200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large",
-           431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
-           505: "HTTP Version Not Supported"}  # fmt: skip
+REASONS = {
+    200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 413: "Content Too Large", 431: "Request Header Fields Too Large", 501: "Not Implemented",
+    502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+}  # fmt: skip
 KINDS = {400: "invalid_request_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
          502: "bad_gateway", 503: "service_unavailable", 504: "timeout_error"}  # fmt: skip
 

@@ -171,6 +171,8 @@ class Exchange:
             metrics.answers[attempt.worker.name, self.passing.status] += 1
             metrics.request_s.observe(self.router.loop.time() - self.begun)
             unframed = self.passing.length is None and not self.passing.chunked
+            attempt.worker.answered += 1
+            self.main = self.prefill = None  # no cycle: nothing is left for the garbage collector
             self.client.finished(self.head.close or unframed)
 
     def failed(self, attempt: Attempt, why: str) -> None:

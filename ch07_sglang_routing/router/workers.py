@@ -50,8 +50,7 @@ class Worker:
         self.breaker = Breaker(asyncio.get_running_loop().time, **breaker)
         self.connections: set[Connection] = set()
         self._idle: list[Connection] = []
-        self.answers: dict[int, int] = {}  # status -> how many
-        self.failures = 0
+        self.answered = 0  # requests, to the end
 
     def take(self) -> Connection | None:
         """A connection that is open already, the one that was used last."""
@@ -86,8 +85,10 @@ class Worker:
 
     def describe(self) -> Json:
         state = "draining" if self.draining else {None: "starting", True: "up", False: "down"}[self.healthy]
-        return {"name": self.name, "role": self.role, "state": state, "breaker": self.breaker.state,
-                "in_flight": self.in_flight, "pending_tokens": self.pending_tokens}  # fmt: skip
+        return {
+            "name": self.name, "role": self.role, "state": state, "breaker": self.breaker.state,
+            "in_flight": self.in_flight, "pending_tokens": self.pending_tokens, "answered": self.answered,
+        }  # fmt: skip
 
 
 class Lease:
