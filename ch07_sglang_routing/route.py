@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> Json:
     parser.add_argument("--policy", type=script.comma_list(policy), default=["round_robin", "least_in_flight", "joint"])
     parser.add_argument("--requests", type=script.at_least(8), default=120)
     parser.add_argument("--rate", type=script.positive, default=8, help="requests/s of a Poisson process")
-    parser.add_argument("--prefixes", type=script.at_least(1), default=8)
+    parser.add_argument("--prefixes", type=script.at_least(1), default=12)
     parser.add_argument("--prefix-tokens", type=script.at_least(1), default=384)
     parser.add_argument("--tail-tokens", type=script.at_least(1), default=16)
     parser.add_argument("--output-tokens", type=script.at_least(1), default=8)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,10 +20,15 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from ch06_vllm.client import Client, RequestFailed
+from ch06_vllm.servers import Server, models
+from ch07_sglang_routing import bench_router, router_chaos
 from ch07_sglang_routing.router.client import Limits
 from ch07_sglang_routing.router.policies import POLICIES
+from ch07_sglang_routing.router.radix import RadixTree
 from ch07_sglang_routing.router.router import Router
+from ch07_sglang_routing.router.running import Routing
 from common import process
+from common.exercises import missing_for
 from tests.openai_fake import Does, FakeServer
 
 Json = dict[str, Any]
@@ -731,6 +740,44 @@ def test_metrics_are_prometheus_text_and_ask_nobody() -> None:
     run(test())
 
 
+def test_memory_is_flat_over_unique_prompts_through_the_router() -> None:
+    """The tree's own million is in test_router_policies; here is all else that a request leaves behind."""
+
+    async def test() -> None:
+        async with Backend() as worker, routed(worker.url) as router:
+            router.policy.tree = RadixTree(2**14)
+            reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+
+            async def blocks(numbers: range) -> int:
+                for number in numbers:
+                    writer.write(post(b'{"prompt": "%08x and what of it?"}' % (number * 2654435761 % 2**32)))
+                    assert (await answer(reader))[0] == 200
+                    worker.calls.clear()
+                gc.collect()
+                return sys.getallocatedblocks()
+
+            full = await blocks(range(2000))
+            assert await blocks(range(2000, 8000)) < full + 500
+            assert router.policy.tree.size <= 2**14
+            writer.close()
+
+    run(test())
+
+
+def test_the_program_counts_what_a_load_test_sent() -> None:
+    with bench_router.fake_engines(2) as urls, Routing(urls) as routing:
+        seen = asyncio.run(bench_router.with_python(routing.url, bench_router.prompt_body(100), 8, 0.3))
+        assert seen["failed"] == 0
+        assert seen["requests_per_s"] > 0
+        end = time.monotonic() + 20  # it hears of clients that have left a moment later
+        while any(worker["in_flight"] for worker in (known := routing.known())):
+            assert time.monotonic() < end, known
+        assert all(worker["answered"] > 0 for worker in known)
+        told = routing.stop()
+    assert told["requests"] >= sum(worker["answered"] for worker in known)
+    assert told["in_flight"] == 0
+
+
 def test_the_program_says_what_is_wrong_in_one_line() -> None:
     start = "python -m ch07_sglang_routing.router --port 20000"
     for words, said in (
@@ -746,3 +793,35 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
         assert said in done.stderr
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- real engines
+
+
+@pytest.fixture(scope="module")
+def survivor(served_model: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A real vLLM where there is one, else an engine of ours."""
+    if not missing_for("vllm"):
+        yield request.getfixturevalue("vllm_server")
+        return
+    with Server(served_model, "ours", router_chaos.OPTIONS) as server:
+        yield server
+
+
+def test_a_trace_is_answered_whole_while_one_engine_is_killed_and_another_added(
+    served_model: Path, survivor: Server
+) -> None:
+    with contextlib.ExitStack() as stack:
+        victim, added = (
+            stack.enter_context(Server(served_model, "ours", router_chaos.OPTIONS)) for _ in range(2)
+        )  # fmt: skip
+        day = router_chaos.run_day([victim, survivor], added, requests=200, streams=4)
+        assert day["wrong"] == []
+        assert day["answered"] == 200
+        assert day["in_flight"] == 0
+        assert day["added_answered"] > 0
+        assert day["retries"] > 0
+        # Streams in turn to the two: those on the victim are cut, and the client is told so.
+        assert day["streams"] == {"whole": 2, "cut: the client is told": 2}
+        assert victim.child.process.returncode == -9
+        assert models(added.url) == [added.model]
