@@ -60,7 +60,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._leaving or self.transport.is_closing():
             return
-        if self.exchange is not None:  # the next request already; there is seldom one
+        if self.exchange is not None or self._stalled_from is not None:  # the next request already, which is rare
             self._buffer += data
             if len(self._buffer) > 2 * http1.MAX_HEAD:
                 self.transport.abort()
@@ -149,10 +149,10 @@ class Client(asyncio.Protocol):
         if close or self.router.stopping:
             self.close()
             return
-        if self._stalled_from is None:
-            self._wait(self.router.limits.keep_alive_s)
-        else:
+        if self._stalled_from is not None:
             self._stalled_from = self.router.loop.time() + self.router.limits.keep_alive_s
+            return  # the next when this one has been read
+        self._wait(self.router.limits.keep_alive_s)
         if self._buffer:
             self.router.loop.call_soon(self.data_received, b"")
 
@@ -193,6 +193,8 @@ class Client(asyncio.Protocol):
             self.deadline, self._stalled_from = self._stalled_from, None
         if self.exchange:
             self.exchange.pause(False)
+        elif self._buffer:
+            self.router.loop.call_soon(self.data_received, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.router.clients.discard(self)

@@ -106,6 +106,8 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         else:
             self.used = True
+            if not self.transport.is_reading():  # its client was slow; the next need not be
+                self.transport.resume_reading()
             self.worker.put_back(self)
         assert reader
         reader.ended()

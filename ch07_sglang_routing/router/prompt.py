@@ -14,7 +14,7 @@ from typing import Any
 from ch07_sglang_routing.router.http1 import BadMessage, Head
 from ch07_sglang_routing.router.policies import Ask
 
-LOOK_AT_MOST = 2 * 2**20  # bytes; parsing more would hold up everybody else for milliseconds
+LOOK_AT_MOST = 2**20  # bytes; parsing more would hold up everybody else for milliseconds
 GENERATES = (b"/v1/completions", b"/v1/chat/completions", b"/generate")
 Json = dict[str, Any]
 

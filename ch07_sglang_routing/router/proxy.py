@@ -46,7 +46,7 @@ class Attempt:
         try:
             async with asyncio.timeout(self.exchange.router.limits.connect_s):
                 connection = await self.worker.connect()
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, ValueError):  # the last of a host that cannot be a name
             self._failed("the worker cannot be reached")
             return
         if self.over:  # the client has left meanwhile; the next may use it

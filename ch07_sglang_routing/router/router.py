@@ -153,13 +153,18 @@ class Router:
             worker = self.fleet.workers.get(unquote(path.removeprefix("/workers/")))
             if worker is None:
                 raise BadMessage(404, "there is no such worker; see GET /workers for their names")
-            try:
-                timeout_s = float(parse_qs(query).get("timeout_s", [self._drain_s])[0])
-            except ValueError:
-                raise BadMessage(400, "timeout_s is no number") from None
-            self.fleet.drain(worker, timeout_s)
+            self.fleet.drain(worker, self._timeout_s(query))
             return 202, worker.describe()
         raise BadMessage(405, "GET or POST /workers, DELETE /workers/NAME")
+
+    def _timeout_s(self, query: str) -> float:
+        try:
+            timeout_s = float(parse_qs(query).get("timeout_s", [self._drain_s])[0])
+            if 0 <= timeout_s < 1e9:
+                return timeout_s
+        except ValueError:
+            pass
+        raise BadMessage(400, "timeout_s is no number of seconds")
 
     def _check_admin(self, client: Client, head: Head) -> None:
         """Raises BadMessage. A page in a browser on this machine cannot ask for JSON elsewhere, nor use DELETE."""

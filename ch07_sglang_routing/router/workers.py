@@ -66,8 +66,9 @@ class Worker:
         return connection
 
     def put_back(self, connection: Connection) -> None:
-        connection.idle_since = asyncio.get_running_loop().time()
-        self._idle.append(connection)
+        if not connection.transport.is_closing():
+            connection.idle_since = asyncio.get_running_loop().time()
+            self._idle.append(connection)
 
     def lost(self, connection: Connection) -> None:
         self.connections.discard(connection)
