@@ -158,6 +158,24 @@ def scrapes_ms(url: str, times: int = 51) -> list[float]:
     return took
 
 
+def draw(path: Path, seen: dict[str, list[Json]]) -> None:
+    """Each round of each router: requests/s against what it adds to the p50."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, turns in seen.items():
+        axes.scatter(
+            [turn["added_p50_ms"] for turn in turns], [turn["requests_per_s"] for turn in turns],
+            label="sglang-router" if name == "sglang" else name,
+        )  # fmt: skip
+    axes.set(xlabel="added p50 (ms)", ylabel="requests/s", title="One point a round; up and left is better")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> Json:
     parser = script.parser(__doc__)
     parser.add_argument("--rounds", type=script.at_least(1), default=7)
@@ -209,12 +227,11 @@ def main(argv: list[str] | None = None) -> Json:
     for name in urls:
         rate, p50, p99, added = (median(name, what) for what in COLUMNS)
         print(f"{name:8} {rate:11,.0f} {p50:8.2f} {p99:8.2f} {added:10.2f} {rss.get(name, float('nan')):8.0f}")
+    draw(run.path("routers.png"), {name: [seen[name] for seen in rounds] for name in routers})
     found: Json = {
-        "scrape_ms_p50": statistics.median(scraped),
-        "client": "wrk" if wrk else "python",
-        "rounds": args.rounds,
-        "scrape_ms_max": max(scraped),
-    }
+        "client": "wrk" if wrk else "python", "rounds": args.rounds,
+        "scrape_ms_p50": statistics.median(scraped), "scrape_ms_max": max(scraped),
+    }  # fmt: skip
     for name in urls:
         found |= {f"{name}_{what}": median(name, what) for what in COLUMNS}
     found |= {f"{name}_rss_mib": mib for name, mib in rss.items()}
