@@ -42,7 +42,7 @@ from common.script import UserError
 
 SOURCE = Path(__file__).with_name("fake_engine.c")
 PATH = "/v1/completions"
-COLUMNS = ("requests_per_s", "p50_ms", "p99_ms", "added_p50_ms")
+COLUMNS = ("requests_per_s", "p50_ms", "p99_ms", "added_p50_ms", "cpu_us")
 UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 Json = dict[str, Any]
 
@@ -197,6 +197,14 @@ def main(argv: list[str] | None = None) -> Json:
             return with_wrk(url, body, args.connections, seconds, run.folder)
         return asyncio.run(with_python(url, body, args.connections, seconds))
 
+    def measured(router: Routing | None, url: str) -> Json:
+        """One turn, and the CPU time that the router's own process took for a request."""
+        process_of = psutil.Process(router.child.process.pid) if router else None
+        before = sum(process_of.cpu_times()[:2]) if process_of else 0.0
+        seen = measure(url, args.seconds)
+        used_s = sum(process_of.cpu_times()[:2]) - before if process_of else 0.0
+        return seen | {"cpu_us": used_s * 1e6 / (seen["requests_per_s"] * args.seconds)}
+
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(fake_engines(args.workers))
         routers = {"ours": stack.enter_context(Routing(workers, policy=args.policy))}
@@ -208,7 +216,7 @@ def main(argv: list[str] | None = None) -> Json:
         rounds: list[dict[str, Json]] = []
         for number in range(args.rounds):
             order = rng.sample(list(urls), len(urls))
-            rounds.append({name: measure(urls[name], args.seconds) for name in order})
+            rounds.append({name: measured(routers.get(name), urls[name]) for name in order})
             for name, seen in rounds[-1].items():
                 seen["added_p50_ms"] = seen["p50_ms"] - rounds[-1]["direct"]["p50_ms"]
                 run.log(round=number, router=name, **seen)
@@ -223,10 +231,12 @@ def main(argv: list[str] | None = None) -> Json:
     def ratio(what: str) -> float:
         return statistics.median(seen["ours"][what] / seen["sglang"][what] for seen in rounds) if peer else float("nan")
 
-    print(f"{'':8} {'requests/s':>11} {'p50 ms':>8} {'p99 ms':>8} {'added p50':>10} {'RSS MiB':>8}")
+    print(f"{'':8} {'requests/s':>11} {'p50 ms':>8} {'p99 ms':>8} {'added p50':>10} {'CPU us':>7} {'RSS MiB':>8}")
     for name in urls:
-        rate, p50, p99, added = (median(name, what) for what in COLUMNS)
-        print(f"{name:8} {rate:11,.0f} {p50:8.2f} {p99:8.2f} {added:10.2f} {rss.get(name, float('nan')):8.0f}")
+        rate, p50, p99, added, cpu = (median(name, what) for what in COLUMNS)
+        print(
+            f"{name:8} {rate:11,.0f} {p50:8.2f} {p99:8.2f} {added:10.2f} {cpu:7.0f} {rss.get(name, float('nan')):8.0f}"
+        )
     draw(run.path("routers.png"), {name: [seen[name] for seen in rounds] for name in routers})
     found: Json = {
         "client": "wrk" if wrk else "python", "rounds": args.rounds,
@@ -239,6 +249,7 @@ def main(argv: list[str] | None = None) -> Json:
         "failed": sum(seen["failed"] for each in rounds for seen in each.values()),
         "requests_ratio": ratio("requests_per_s"),
         "added_p50_ratio": ratio("added_p50_ms"),
+        "cpu_ratio": ratio("cpu_us"),
     }
 
 

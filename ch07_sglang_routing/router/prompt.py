@@ -24,7 +24,7 @@ def parsed(body: bytes) -> Json:
     if not body or len(body) > LOOK_AT_MOST:
         return {}
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())  # of bytes it would guess the encoding, which takes as long as the rest
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
