@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
@@ -327,12 +328,12 @@ def test_what_could_be_read_in_two_ways_reaches_no_worker(status: int, request_b
 
 def test_a_client_that_sends_its_request_forever_is_told_to_stop() -> None:
     async def test() -> None:
-        limits = Limits(request_s=0.1, keep_alive_s=0.1)
-        async with Backend() as worker, routed(worker.url, limits=limits) as router:
+        async with Backend() as worker, routed(worker.url, limits=Limits(request_s=0.1)) as router:
             said, _ = await raw(router, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le")
             assert said == 408
-            said, _ = await raw(router, post(b"")[:-2] + b"Content-Type: x\r\n")
+            said, _ = await raw(router, post(ASKED)[:-2])
             assert said == 408
+        async with routed(limits=Limits(keep_alive_s=0.1)) as router:
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
             assert await reader.read() == b""  # one that says nothing is only closed
             writer.close()
@@ -396,6 +397,15 @@ def test_who_dies_in_the_middle_of_an_answer_is_not_tried_again_and_the_client_i
                 with pytest.raises(RequestFailed):
                     for _ in range(2):  # the second goes to the first worker again
                         await client.complete("p", model="fake", max_tokens=4)
+            first.script.append(Does(after_tokens=2))
+            async with openai.AsyncOpenAI(base_url=f"{router.url}/v1", api_key="-", max_retries=0) as theirs:
+                texts = []
+                with pytest.raises(openai.APIError, match="in the middle of the answer"):
+                    for _ in range(2):
+                        options = {"model": "fake", "prompt": "p", "max_tokens": 4, "stream": True}
+                        async for chunk in await theirs.completions.create(**options):
+                            texts += [choice.text for choice in chunk.choices]
+                assert texts[-2:] == ["a", "b "]
 
     with FakeServer() as first, FakeServer() as second:
         run(test(first, second))
