@@ -22,7 +22,8 @@ from pathlib import Path
 UV_VERSION = "0.13.9"
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
-ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing"}  # where their pins are
+# Where the pins of engines, and of what they are compared with, are.
+ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing", "routers": "ch07_sglang_routing/peers"}
 
 
 def fail(message: str) -> None:
@@ -97,7 +98,8 @@ def engine_pins(engine: str) -> list[Path]:
     """The files that say what is in an engine's environment: for GPUs, or where none is visible."""
     folder = ROOT / ENGINES[engine]
     pins = [folder / "constraints.txt"]
-    pins += [folder / "requirements.txt"] if gpus_visible() else sorted(folder.glob("*-cpu.txt"))
+    on_cpu = [] if gpus_visible() else sorted(folder.glob("*-cpu.txt"))
+    pins += on_cpu or [folder / "requirements.txt"]
     return [path for path in pins if path.exists()]
 
 
@@ -131,7 +133,7 @@ def set_up_engine(engine: str) -> None:
 
 def install_engine(engine: str, target: Path) -> None:
     cuda = gpus_visible()
-    print(f"setting up {engine} in {target} ({'CUDA' if cuda else 'CPU'} build, some GB)", flush=True)
+    print(f"setting up {engine} in {target} ({'CUDA' if cuda else 'CPU'} build)", flush=True)
     uv, python = str(find_uv()), str(target / "bin" / "python")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
     flags = {"requirements": "-r", "constraints": "-c", "overrides": "--override"}

@@ -4,13 +4,14 @@
 #   iproute2     ip and tc, for the virtual cluster      slurm-wlm, munge  a Slurm of our own on it, in chapter 3
 #   libaio-dev   for DeepSpeed's NVMe offload, chapter 5     g++                compiles it
 #   pdsh         starts the ranks of the deepspeed launcher on other hosts, chapter 5
+#   wrk          loads the routers of chapter 7, which a client in Python cannot
 set -eu
 if ! command -v apt-get >/dev/null; then
-    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++ and pdsh with your system's package manager" >&2
+    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++, pdsh and wrk with your system's package manager" >&2
     exit 0
 fi
 missing=""
-for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh; do
+for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh wrk; do
     dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
 done
 [ -z "$missing" ] && exit 0

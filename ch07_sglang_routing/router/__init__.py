@@ -1,0 +1,1 @@
+"""A router for LLM inference servers: one address, many engines behind it."""
