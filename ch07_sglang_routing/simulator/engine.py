@@ -16,7 +16,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from ch06_vllm.engine.block_pool import BlockPool
 from ch06_vllm.engine.request import Config
@@ -26,7 +26,8 @@ IDLE = math.inf
 
 @dataclass(frozen=True)
 class Physics:
-    """Seconds of a step: a sum of what it computes. A linear model, whose coefficients calibrate.py measures.
+    """Seconds of a step: a sum of what it computes. live.py measures the coefficients on servers; those given here are
+    about those of the nano model stepped by hand on two cores (ch06_vllm/phases.py).
 
     Args:
         step_s: of any step, whatever is in it.
@@ -37,12 +38,16 @@ class Physics:
         request_s: between the client and the queue, there and back; no part of a step.
     """
 
-    step_s: float = 2.0e-3
-    prefill_token_s: float = 30e-6
-    prefill_pair_s: float = 20e-9
-    decode_seq_s: float = 250e-6
+    step_s: float = 1.1e-3
+    prefill_token_s: float = 58e-6
+    prefill_pair_s: float = 10e-9
+    decode_seq_s: float = 90e-6
     decode_context_s: float = 0.5e-6
     request_s: float = 3e-3
+
+    def times(self, factor: float) -> Physics:
+        """An engine that takes so many times as long."""
+        return Physics(*(factor * seconds for seconds in astuple(self)))
 
     def step(self, singles: int, context: int, tokens: int, pairs: float) -> float:
         """Seconds of a step with `singles` requests that get one token each, attending to `context` tokens together,

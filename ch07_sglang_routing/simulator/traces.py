@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,12 +132,20 @@ def _by_day(times: np.ndarray, daily: float) -> np.ndarray:
     return np.interp(times, passed, clock)
 
 
-# Traces by name, at `rate` requests/s.
-TRACES: dict[str, Callable[[int, float, np.random.Generator], list[Asked]]] = {
-    # One text in front of a third of the requests; conversations of three turns.
-    "shared": lambda n, rate, rng: sessions(n, rate, rng, systems=24, turns=3.0),
-    # Nothing is asked twice.
-    "unshared": lambda n, rate, rng: sessions(n, rate, rng, new_tokens="lognormal:160,0.6"),
-    "bursty": lambda n, rate, rng: sessions(n, rate, rng, systems=24, turns=3.0, burstiness=0.2),
-    "day": lambda n, rate, rng: sessions(n, rate, rng, systems=24, turns=3.0, daily=0.6),
+SHORT = {"new_tokens": "lognormal:32,0.6", "output_tokens": "lognormal:32,0.6", "longest": 1536}
+SHARED = SHORT | {"systems": 96, "zipf": 0.8, "system_tokens": 512, "turns": 3.0}
+# Traces by name: options of `sessions`.
+TRACES: dict[str, dict] = {
+    # 96 assistants, together six times what one worker's cache holds beside what runs; conversations of three turns.
+    "shared": SHARED,
+    # As many tokens to compute for a request as a miss costs there, and nothing is asked twice.
+    "unshared": SHORT | {"new_tokens": "lognormal:160,0.6"},
+    # One assistant is in most prompts.
+    "hot": SHARED | {"zipf": 2.0},
+    "bursty": SHARED | {"burstiness": 0.2},
+    "day": SHARED | {"daily": 0.6, "think_s": 120.0},
 }
+
+
+def named(name: str, requests: int, rate: float, seed: int) -> list[Asked]:
+    return sessions(requests, rate, np.random.default_rng((seed, len(name))), **TRACES[name])
