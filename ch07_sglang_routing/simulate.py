@@ -41,7 +41,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=script.at_least(200), default=12_000, help="of each trace")
     parser.add_argument("--rate", type=script.positive, default=110.0, help="requests/s, on average")
     parser.add_argument("--workers", type=script.at_least(2), default=8)
-    parser.add_argument("--blocks", type=script.at_least(128), default=1024, help="of 16 tokens: each engine's KV cache")
+    parser.add_argument(
+        "--blocks", type=script.at_least(128), default=1024, help="of 16 tokens: each engine's KV cache"
+    )
     parser.add_argument("--slower", type=script.positive, default=1.0, help="times; 1 is the nano model on two cores")
     parser.add_argument("--lags", type=script.comma_list(script.positive), default="1,3,6", help="s between scrapes")
     parser.add_argument("--leak", type=script.positive, default=0.02, help="share of one worker's requests")
@@ -180,12 +182,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("\n" + table("one hot prefix", hot, "least_in_flight", args))
     for policy in ("prefix", "joint"):
         result[f"hot_{policy}_busiest"] = float(shares(hot[policy], args.workers).max() * args.workers)
-    result["hot_ttft_p99_times"] = compare.value("ttft_ms_p99", hot["prefix"]) / compare.value("ttft_ms_p99", hot["joint"])
+    result["hot_ttft_p99_times"] = compare.value("ttft_ms_p99", hot["prefix"]) / compare.value(
+        "ttft_ms_p99", hot["joint"]
+    )
     print(f"the busiest worker's share, times an even one: prefix {result['hot_prefix_busiest']:.2f}, "
           f"joint {result['hot_joint_busiest']:.2f}")  # fmt: skip
 
     old = stale(setting, args)
-    print(f"\n{'gauges every':<14}{'policy':<18}{'TTFT ms':>10}{'p99 ms':>10}{'E2E ms':>10}   to one worker in a second")
+    print(
+        f"\n{'gauges every':<14}{'policy':<18}{'TTFT ms':>10}{'p99 ms':>10}{'E2E ms':>10}   to one worker in a second"
+    )
     for row in old:
         when = f"{row['lag_s']:g} s" if row["lag_s"] else "own counts"
         figures = f"{row['ttft_ms']:>10.1f}{row['ttft_ms_p99']:>10.1f}{row['e2e_ms']:>10.1f}   {row['herd']:.0%}"

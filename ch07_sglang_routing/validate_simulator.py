@@ -8,7 +8,7 @@ Cluster     nothing more
 You see     the coefficients; then for each round and policy TTFT, E2E, tokens/s and hit rate, simulated / live; the
             medians of the ratios
 
-A round is calibration, the trace live, calibration again: what else the machine does in between changes a step's length,
+A round is calibration, the trace live, calibration again: what else the machine does meanwhile changes a step's length,
 so it must be in both. Each server computes in one thread. A server whose neighbours compute too is slower; how much is
 measured, and how often that is so the simulation says.
 """

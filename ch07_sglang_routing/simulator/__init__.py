@@ -1,1 +1,1 @@
-"""Engines in virtual time: physics (engine), requests (traces), a router in front (run), what a difference is worth (compare)."""
+"""Routing in virtual time: engines (engine), requests (traces), a router in front (run), what differs (compare)."""

@@ -285,7 +285,9 @@ class Engine:
             fit = 1  # the first has its blocks
             while steps - fit > 1:
                 middle = (fit + steps) // 2
-                fit, steps = (middle, steps) if self._needed(self.steps + 1, self.steps + middle) <= free else (fit, middle)
+                fit, steps = (
+                    (middle, steps) if self._needed(self.steps + 1, self.steps + middle) <= free else (fit, middle)
+                )
             steps = fit
         self._planned = steps
         self.wake_s = self._began_s + self.physics.run(self._decoding, context, steps)

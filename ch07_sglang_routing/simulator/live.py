@@ -47,7 +47,9 @@ class Times:
         return self.arrivals_s[0] - self.sent_s
 
 
-async def answer(client: Client, model: str, tokens: list[int], output: int, on_first: Callable[[], None] | None = None) -> Times:
+async def answer(
+    client: Client, model: str, tokens: list[int], output: int, on_first: Callable[[], None] | None = None
+) -> Times:
     """One request, to its end."""
     body = {"model": model, "prompt": tokens, "max_tokens": output, "ignore_eos": True, "temperature": 0}
     times = Times(time.perf_counter(), [])
@@ -80,9 +82,7 @@ async def play(trace: Trace, chooser: Chooser, servers: Sequence[Server], ids: n
         first_s[index], finish_s[index] = times.arrivals_s[0] - began, times.arrivals_s[-1] - began
 
     async with contextlib.AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(Client(server.url, concurrency=len(trace))) for server in servers
-        ]
+        clients = [await stack.enter_async_context(Client(server.url, concurrency=len(trace))) for server in servers]
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for index, asked in enumerate(trace):
@@ -138,9 +138,7 @@ async def measure(
     """
     begin = tokens // 4  # by then all prompts are computed, and up to the last token but one all still decode
     async with contextlib.AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(Client(server.url, concurrency=max(batches))) for server in servers
-        ]
+        clients = [await stack.enter_async_context(Client(server.url, concurrency=max(batches))) for server in servers]
         for length in prompts:
             told = await _together(clients, servers, ids, rng, 1, length, 1)
             terms = (1.0, length, length * (length + 1) / 2, 0.0, 0.0, 1.0)
@@ -170,9 +168,12 @@ async def _together(
 
 
 def fit(measured: Samples) -> Physics:
-    """Least squares of the relative errors of the medians, no coefficient below zero: one that would be is left out."""
+    """Least squares of the relative errors of the means, no coefficient below zero: one that would be is left out.
+
+    Means, as what now and then takes long on a busy machine does so in a run too.
+    """
     terms = np.array(list(measured))
-    seconds = np.array([statistics.median(found) for found in measured.values()])
+    seconds = np.array([statistics.fmean(found) for found in measured.values()])
     scaled = terms / seconds[:, None]
     used = list(range(terms.shape[1]))
     while True:

@@ -1,4 +1,4 @@
-"""A router in front of engines in virtual time: each request of a trace, one after another, by a policy of the router's.
+"""A router in front of engines in virtual time: each request of a trace in turn, by a policy of the router's.
 
 The policies are the router's own (ch07_sglang_routing/router/policies.py). They see what the router would see: its own
 counts, or, with `scrape_s`, the engines' gauges as they last were read.
@@ -37,6 +37,10 @@ class Chooser(Protocol):
     def choose(self, ask: Ask, workers: list[Counts]) -> int: ...
 
 
+NANO = Physics()
+CONFIG = Config("", num_blocks=1024, max_num_seqs=32, max_num_batched_tokens=512)
+
+
 @dataclass(frozen=True)
 class Setting:
     """
@@ -47,9 +51,9 @@ class Setting:
         leaks: (worker, share): so many of this worker's requests are never taken off the router's count.
     """
 
-    physics: Physics = Physics()
+    physics: Physics = NANO
     workers: int = 8
-    config: Config = Config("", num_blocks=1024, max_num_seqs=32, max_num_batched_tokens=512)
+    config: Config = CONFIG
     scrape_s: float | None = None
     leaks: tuple[int, float] | None = None
 

@@ -1,4 +1,4 @@
-"""What is asked and when: sessions of several turns behind shared system prompts, arriving evenly, in bursts or by the day.
+"""What is asked and when: sessions of several turns behind shared system prompts, even, in bursts or by the day.
 
 A session is one conversation: each turn's prompt is all that was said before it and something new. Its first
 `system_tokens` are one of `systems` texts, drawn by Zipf's law: a few are in most prompts. Arrivals are fixed before
@@ -123,7 +123,7 @@ def sessions(
 
 
 def _by_day(times: np.ndarray, daily: float) -> np.ndarray:
-    """The same arrivals at a rate of 1 + daily x sin: a minimum at the trace's start and end, a maximum in its middle."""
+    """The same arrivals at a rate of 1 - daily x cos: least at the trace's start and end, most in its middle."""
     if not daily:
         return times
     end = times[-1]
