@@ -32,7 +32,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request. tokens: the prompt, as text or token ids. session: who asks, "" if unknown. rank: uniform in [0, 1)."""
+    """A request. tokens: its prompt, text or token ids. session: who asks, "" if unknown. rank: uniform in [0, 1)."""
 
     tokens: Tokens = ""
     session: str = ""
@@ -127,16 +127,14 @@ def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int]) -
 #        uncached + pending + request_tokens x in_flight
 # uncached  prompt tokens of this request that the worker has to compute;
 # pending   those of the requests in front of it;
-# request_tokens  what a running request costs this one, in prefill tokens: half of a typical answer's length x (time that
-#           one more sequence adds to a decode step / time of one prefill token). About 64 for answers of 128 tokens.
+# request_tokens  what a running request costs this one, in prefill tokens: half of a typical answer's length x
+#           (time that one more sequence adds to a decode step / time of one prefill token). About 64 for 128 tokens.
 # No hot spot: a prefix of L tokens is worth waiting for at most L / request_tokens requests. After that another worker
 # computes it too, and from then on both have it.
 # Fails  where request_tokens is far off: at 0 prefix affinity wins over any number of decoding requests, at infinity it
 #        is least_in_flight. Blind to the length of the answer, which nobody knows. With several routers each knows only
 #        what it sent itself.
-def least_work(
-    ask: Ask, workers: Sequence[Worker], cached: Sequence[int], request_tokens: float = 64.0
-) -> int:
+def least_work(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], request_tokens: float = 64.0) -> int:
     length = len(ask.tokens)
     scores = [
         prompt_tokens(length - has, ask.tokens) + worker.pending_tokens + request_tokens * worker.in_flight
@@ -203,7 +201,7 @@ class CacheAware:
     def __init__(
         self, function: Callable[[Ask, Sequence[Worker], Sequence[int]], int], tree: RadixTree | None = None
     ) -> None:
-        self.tree = tree or RadixTree()
+        self.tree = RadixTree() if tree is None else tree
         self.matched = 0.0
         self._function = function
 
@@ -223,7 +221,7 @@ class PrefillDecode:
     """The pair for one request; the tree knows the prefill workers' caches."""
 
     def __init__(self, tree: RadixTree | None = None) -> None:
-        self.tree = tree or RadixTree()
+        self.tree = RadixTree() if tree is None else tree
         self.matched = 0.0
 
     def choose(self, ask: Ask, prefills: Sequence[Worker], decodes: Sequence[Worker]) -> tuple[int, int]:

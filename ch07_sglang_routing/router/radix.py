@@ -1,12 +1,12 @@
 """Which worker probably has which prefix in its KV cache: a radix tree of the prompts that were sent, bounded.
 
-A radix tree holds each shared beginning once: a node is a piece of prompt (`label`), its children are the ways in which
-known prompts go on. Every node knows which workers were sent a prompt that runs through it. Sending is all a router sees:
-what an engine has thrown out since, it guesses by age (`keeps`).
+A radix tree holds each shared beginning once: a node is a piece of prompt (`label`), its children are the ways in
+which known prompts go on. Every node knows which workers were sent a prompt that runs through it. Sending is all that a
+router sees: what an engine has thrown out since, it guesses by age (`keeps`).
 
 Cost       insert and match: O(length of the prompt), compared slice by slice at memcmp's speed; remove: O(1).
-Memory     at most `limit` units: the items (tokens or characters) of all labels, and NODE units for each node, as a node
-           of one character costs memory too. Beyond it the least recently sent leaves go.
+Memory     at most `limit` units: the items (tokens or characters) of all labels, and NODE units for each node, as
+           one of one character costs memory too. Beyond it the least recently sent leaves go.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class RadixTree:
             self._numbers[worker], self._names[self._next], self._clocks[self._next] = self._next, worker, 0
             self._next += 1
         number = self._numbers[worker]
-        node, at, path = self._root, 0, []
+        node, at, path, lacked = self._root, 0, [], 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
@@ -88,9 +88,11 @@ class RadixTree:
             elif (same := _common(child.label, tokens, at)) < len(child.label):
                 child = self._split(child, same)
             at += len(child.label)
+            if not self._has(number, child):
+                lacked += len(child.label)
             node = child
             path.append(node)
-        self._clocks[number] += sum(len(node.label) for node in path if not self._has(number, node))
+        self._clocks[number] += lacked
         for node in reversed(path):
             node.sent[number] = self._clocks[number]
             if len(node.sent) > len(self._clocks):  # of workers that are no more
