@@ -135,6 +135,7 @@ async def measure(
 
     A prompt alone: TTFT = request_s + step_s + n prefill_token_s + n (n + 1) / 2 prefill_pair_s.
     A batch that decodes: time between tokens = step_s + b decode_seq_s + (sum of contexts) decode_context_s.
+    A prompt beside it: the former, in a step of both, and before it half of a step of the latter.
     """
     begin = tokens // 4  # by then all prompts are computed, and up to the last token but one all still decode
     async with contextlib.AsyncExitStack() as stack:
@@ -151,6 +152,36 @@ async def measure(
                 for t in told
                 if len(t.arrivals_s) > begin + 2  # a client that falls behind reads several tokens at once
             )
+        for batch, length in itertools.product((2, 4), (48, 192)):
+            beside = [_beside(*pair, ids, rng, batch, 128, length) for pair in zip(clients, servers, strict=True)]
+            terms = (1.5, length, length * (length + 1) / 2, 1.5 * batch, 1.5 * batch * 136.0, 1.0)
+            into.setdefault(terms, []).extend(await asyncio.gather(*beside))
+
+
+async def _beside(
+    client: Client, server: Server, ids: np.ndarray, rng: np.random.Generator, batch: int, context: int, length: int
+) -> float:
+    """The TTFT of a prompt that comes while `batch` others decode, a few tokens each so far."""
+    underway = asyncio.Event()
+    body = {"model": server.model, "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+    arrived = 0
+
+    async def decode() -> None:
+        nonlocal arrived
+        async with client.stream(PATH, body | {"prompt": rng.choice(ids, context).tolist()}) as chunks:
+            async for _ in chunks:
+                arrived += 1
+                if arrived >= 4 * batch:
+                    underway.set()
+
+    async with asyncio.TaskGroup() as group:
+        others = [group.create_task(decode()) for _ in range(batch)]
+        async with asyncio.timeout(60):
+            await underway.wait()
+        times = await answer(client, server.model, rng.choice(ids, length).tolist(), 1)
+        for other in others:
+            other.cancel()
+    return times.ttft_s
 
 
 async def _together(
