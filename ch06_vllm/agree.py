@@ -8,11 +8,10 @@ Cluster     python -m ch06_vllm.agree --model DIR --url http://node1:8000 --rate
 You see     ours / theirs for TTFT, TPOT, ITL, E2E and throughput: the median of the rounds and their range, beside the
             range of theirs alone; and what vLLM's own calculate_metrics makes of our records: the same, to rounding
 
-Both send at the same moments (vLLM's generator, reproduced from its seed), prompts of the same number of random tokens,
-for the same number of answered tokens. What remains different: vLLM sends text, which the server must tokenize, ours
-sends token ids; vLLM notes a chunk's time after parsing it, ours when its bytes are there; vLLM warms up with copies of
-its first prompt, and its prompts run through the vocabulary in order, so that some begin alike where it is small: a
-prefix cache finds both. The server that is started here has none.
+Both send the same texts at the same moments (vLLM's generators, from its seed), for the same number of answered tokens.
+What remains different: vLLM notes a chunk's time after parsing it, ours when its bytes are there; vLLM warms up with
+copies of its first prompt, ours with its first prompts. The server that is started here has no prefix cache, which
+would find them. On a CPU the engine has half of the cores and all others the rest: no client takes the engine's time.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ch06_vllm import bench_serve, load
-from ch06_vllm.servers import Server, vllm_environment, vllm_program
+from ch06_vllm import bench_serve, load, turns
+from ch06_vllm.servers import Server, cores_of_ranks, own_cores, vllm_program
 from ch06_vllm.started import folder_of
 from common import script
-from common.script import CheckFailed, UserError
+from common.bootstrap import gpus_visible
+from common.script import CheckFailed
 
 # ours: theirs, as `vllm bench serve` names them
 INSTANT_MS = 1e-3
@@ -47,76 +46,6 @@ METRICS = {
 # Also compared on our own records, where nothing but the definition can make a difference.
 TAILS = {f"{name}_ms_p{p}": f"p{p}_{theirs}_ms" for name, theirs in
          {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}.items() for p in (90, 99)}  # fmt: skip
-# Runs in vLLM's environment, whose import takes long: once for all rounds. It ends with our end of its stdin.
-WORKER = """
-import json, sys
-from vllm.benchmarks import serve
-from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-serve.add_cli_args(parser)
-
-def judge(rows, duration_s, percentiles):
-    outputs = []
-    for row in rows:
-        times = row["arrivals_s"]
-        outputs.append(RequestFuncOutput(
-            success=True, latency=times[-1] - row["sent_s"], output_tokens=row["completion_tokens"],
-            ttft=times[0] - row["sent_s"], itl=[b - a for a, b in zip(times, times[1:])],
-            prompt_len=row["prompt_tokens"], start_time=row["sent_s"]))
-    found, _ = serve.calculate_metrics([], outputs, duration_s, None, percentiles, {})
-    result = dict(vars(found))
-    for name in ("ttft", "tpot", "itl", "e2el"):
-        result |= {f"p{p}_{name}_ms": value for p, value in getattr(found, f"percentiles_{name}_ms")}
-    return result
-
-print("READY {}", flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    result = judge(**asked["judge"]) if "judge" in asked else serve.main(parser.parse_args(asked["bench"]))
-    print("READY " + json.dumps(result, default=float), flush=True)
-"""
-
-
-class Theirs:
-    """vLLM's benchmark as a process that is asked again and again."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.said: list[str] = []
-
-    async def answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self.process.stdout
-        try:
-            async with asyncio.timeout(timeout_s):
-                while line := (await self.process.stdout.readline()).decode(errors="replace"):
-                    if line.startswith("READY "):
-                        return json.loads(line.removeprefix("READY "))
-                    self.said.append(line.strip())
-        except TimeoutError:
-            raise UserError(f"vllm bench serve has not answered for {timeout_s:.0f} s; is the machine busy?") from None
-        last = next((line for line in reversed(self.said) if line), "nothing")
-        raise UserError(f"vllm bench serve ended; its last line: {last[:200]}")
-
-    async def ask(self, timeout_s: float, **question: Any) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(question).encode() + b"\n")
-        return await self.answer(timeout_s)
-
-
-@contextlib.asynccontextmanager
-async def theirs() -> AsyncIterator[Theirs]:
-    process = await asyncio.create_subprocess_exec(
-        vllm_program("python"), "-c", WORKER,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, **vllm_environment(1)}, limit=2**28,
-    )  # fmt: skip
-    try:
-        yield Theirs(process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 def their_arrivals(rate: float, n: int, seed: int) -> np.ndarray:
@@ -125,14 +54,13 @@ def their_arrivals(rate: float, n: int, seed: int) -> np.ndarray:
     return times * (n / rate / times[-1])
 
 
-async def our_round(url: str, args: argparse.Namespace, ids: np.ndarray, seed: int) -> tuple[list[load.Record], dict]:
-    rng = np.random.default_rng(seed)
-
-    def drawn(n: int) -> list[load.Request]:
-        return load.workload(ids, [args.prompt_tokens] * n, [args.output_tokens] * n, rng)
-
-    times = their_arrivals(args.rate, args.requests, seed)
-    sent = bench_serve.Load(drawn(args.requests), drawn(args.warmup), times, args.requests)
+async def our_round(
+    url: str, args: argparse.Namespace, prompts: list[str], seed: int
+) -> tuple[list[load.Record], dict]:
+    requests = [load.Request(prompt, args.output_tokens) for prompt in prompts]
+    sent = bench_serve.Load(
+        requests, requests[: args.warmup], their_arrivals(args.rate, args.requests, seed), args.requests
+    )
     return await bench_serve.measure(url, sent, model=args.served_model, label=f"ours, seed {seed}")
 
 
@@ -152,20 +80,21 @@ def ratio(ours: float, theirs: float) -> float | None:
     return ours / theirs if min(ours, theirs) > INSTANT_MS else None
 
 
-async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str, Any]:
-    ids = load.usable_ids(args.model)
+async def compare(url: str, args: argparse.Namespace, judge: turns.Process) -> dict[str, Any]:
     limit_s = 120 + 4 * args.requests / args.rate
     rounds: list[tuple[dict, dict]] = []
     differ, apart_s = 0.0, []
     for number in range(args.rounds):
         seed = args.seed + number
+        words = their_words(url, args, seed)
+        prompts = await asyncio.to_thread(judge.ask, {"prompts": words}, 60)
         pair: dict[str, dict] = {}
         for who in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
             if who == "ours":
-                records, pair["ours"] = await our_round(url, args, ids, seed)
+                records, pair["ours"] = await our_round(url, args, prompts, seed)
                 differ = max(differ, await definitions(judge, records, pair["ours"]))
             else:
-                pair["theirs"] = await judge.ask(limit_s, bench=their_words(url, args, seed))
+                pair["theirs"] = await asyncio.to_thread(judge.ask, {"bench": words}, limit_s)
         rounds.append((pair["ours"], pair["theirs"]))
         sent = np.array([sorted(record.called_s for record in records), sorted(pair["theirs"]["start_times"])])
         apart_s += abs(np.diff(sent - sent[:, :1], axis=0)).ravel().tolist()
@@ -175,11 +104,11 @@ async def compare(url: str, args: argparse.Namespace, judge: Theirs) -> dict[str
     return summarise(rounds) | {"definitions_differ": differ, "arrivals_apart_ms_p50": float(np.median(apart_s)) * 1e3}
 
 
-async def definitions(judge: Theirs, records: Sequence[load.Record], figures: dict[str, Any]) -> float:
+async def definitions(judge: turns.Process, records: Sequence[load.Record], figures: dict[str, Any]) -> float:
     """The largest relative difference between our figures and those that vLLM's code makes of our records."""
     done = [record.as_json() for record in records if not record.error]
     question = {"rows": done, "duration_s": figures["duration_s"], "percentiles": [90, 99]}
-    found = await judge.ask(60, judge=question)
+    found = await asyncio.to_thread(judge.ask, {"judge": question}, 60)
     pairs = [(figures[ours], found[their]) for ours, their in (METRICS | TAILS).items()]
     return max(abs(ours - theirs) / max(theirs, INSTANT_MS) for ours, theirs in pairs)
 
@@ -204,10 +133,13 @@ def summarise(rounds: Sequence[tuple[dict, dict]]) -> dict[str, Any]:
     return result
 
 
-async def run(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    async with theirs() as judge:
-        await judge.answer(300)
-        return await compare(url, args, judge)
+def engine_apart() -> dict[str, str]:
+    """Without a GPU: this process and all that it starts on half of the cores, and vLLM's variable for the others."""
+    cores = own_cores()
+    if gpus_visible() or len(cores) < 2:
+        return {}
+    os.sched_setaffinity(0, cores[len(cores) // 2 :])
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(cores[: len(cores) // 2], 1)}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -232,8 +164,10 @@ def main(argv: list[str] | None = None) -> dict:
         url = args.url
         if not url:
             options = {"served-model-name": args.served_model, "enable-prefix-caching": False}
-            url = stack.enter_context(Server(args.model, "vllm", options)).url
-        result = asyncio.run(run(url, args))
+            url = stack.enter_context(Server(args.model, "vllm", options, env=engine_apart())).url
+        judge = stack.enter_context(turns.Process("vllm bench serve", "ch06_vllm.vllm_bench:main"))
+        judge.ready()
+        result = asyncio.run(compare(url, args, judge))
     if result["largest_difference"] > args.tolerance:
         apart = f"ours and theirs differ by {result['largest_difference']:.1%}, more than {args.tolerance:.0%}"
         raise CheckFailed(f"{apart}; if theirs_range is as wide, the machine is busy: take more --rounds", result)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from ch06_vllm.client import Answer, Client
+from ch06_vllm.engine.request import SamplingParams
 from ch06_vllm.servers import Server
 from ch06_vllm.started import engine_name, folder_of
 from common import script
@@ -79,8 +80,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: nano with random weights)")
     parser.add_argument("--engine", type=engine_name, default="ours", help="ours or vllm")
     parser.add_argument("--max-tokens", type=script.at_least(1), default=120)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    return parser.parse_args(argv)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    args = parser.parse_args(argv)
+    try:
+        SamplingParams(args.max_tokens, args.temperature)
+    except ValueError as error:
+        raise script.UserError(str(error)) from None
+    return args
 
 
 if __name__ == "__main__":

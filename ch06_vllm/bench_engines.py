@@ -17,62 +17,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import queue
 import random
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from ch06_vllm import offline, servers
+from ch06_vllm import offline, servers, turns
 from ch06_vllm.started import folder_of
-from common import process, script
+from common import script
 from common.bootstrap import gpus_visible
 from common.logs import Progress, get_logger
 
 log = get_logger()
-START_S, TURN_S = 600, 600
 OURS, AGAIN = "ours", "ours-again"
-START = "import sys; from ch06_vllm.offline import wait_for_turns; wait_for_turns(*sys.argv[1:])"
 
 
-class Contestant:
-    """A process of offline.py. It computes only between `take` and the answer."""
-
-    def __init__(self, name: str, model: Path, options: dict[str, Any]) -> None:
-        self.name = name
-        engine = OURS if name == AGAIN else name
-        python, env = sys.executable, {}
-        if engine == "vllm":
-            python, env = str(servers.vllm_program("python")), servers.vllm_environment(1)
-            env["VLLM_CPU_OMP_THREADS_BIND"] = servers.cores_of_ranks(servers.own_cores(), 1)  # all, as ours has
-        self._lines: queue.Queue[str] = queue.Queue()
-        self.child = process.Child(
-            [python, "-c", START, engine, str(model), json.dumps(options)],
-            env={**env, "PYTHONPATH": str(process.ROOT)},
-            on_line=self._lines.put,
-            stdin=True,
-        )
-
-    def reply(self, timeout_s: float) -> dict[str, Any]:
-        """
-        Raises:
-            UserError: the process has ended or says nothing.
-        """
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                return json.loads(self._lines.get(timeout=1))
-            except queue.Empty:
-                if self.child.process.poll() is not None:
-                    raise script.UserError(f"{self.name} cannot run: {self.child.wait(1).reason()}") from None
-        raise script.UserError(f"{self.name} gave no answer in {timeout_s:g} s; give it fewer --requests")
-
-    def take(self, requests: offline.Requests) -> dict[str, Any]:
-        self.child.process.stdin.write(json.dumps(requests) + "\n")  # type: ignore[union-attr]
-        self.child.process.stdin.flush()  # type: ignore[union-attr]
-        return self.reply(TURN_S)
+def contestant(name: str, model: Path, options: dict[str, Any]) -> turns.Process:
+    engine = OURS if name == AGAIN else name
+    call = "ch06_vllm.offline:wait_for_turns"
+    return turns.Process(name, call, engine, str(model), json.dumps(options), engine=engine)
 
 
 def workload(args: argparse.Namespace, vocabulary: int, round_number: int) -> offline.Requests:
@@ -101,15 +64,13 @@ def main(argv: list[str] | None = None) -> dict:
     with contextlib.ExitStack() as stack:
         contestants = []
         for name in args.engines:  # one after another: start-up is not what is measured
-            contestant = Contestant(name, model, options_of(args)[name])
-            stack.enter_context(contestant.child)
-            log.info("started", engine=name, seconds=round(contestant.reply(START_S)["ready"], 1))
-            contestants.append(contestant)
+            contestants.append(stack.enter_context(contestant(name, model, options_of(args)[name])))
+            log.info("started", engine=name, seconds=round(contestants[-1].ready(), 1))
         order = random.Random(args.seed)
         progress = Progress(args.rounds, "rounds")
         for number in range(args.rounds + 1):
             requests = workload(args, vocabulary, number)
-            replies = {c.name: c.take(requests) for c in order.sample(contestants, len(contestants))}
+            replies = {c.name: c.ask(requests) for c in order.sample(contestants, len(contestants))}
             for name, reply in replies.items():
                 check(name, reply["tokens"], requests)
             if number == 0:

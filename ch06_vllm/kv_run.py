@@ -1,24 +1,22 @@
-"""Requests that all come at once, on our engine or on a vLLM server, and what their KV cache took meanwhile."""
+"""Requests that all come at once, on our engine or on vLLM, and what their KV cache took meanwhile."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import json
 import statistics
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ch06_vllm import load
-from ch06_vllm.client import Client, Retry
+from ch06_vllm import load, turns
 from ch06_vllm.engine import SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import Held
-from ch06_vllm.scrape import Sampler, scrape
-from common.script import UserError
+from common.bootstrap import gpus_visible
 
 Policies = dict[str, Callable[[Held], int]]
 
@@ -93,55 +91,34 @@ def on_ours(engine: Engine, requests: Sequence[load.Request], policies: Policies
     return trace
 
 
-def sample(at_s: float, running: Sequence[Held], taken: int, policies: Policies, count: int | None = None) -> Sample:
+def sample(at_s: float, running: Sequence[Held], taken: int, policies: Policies) -> Sample:
     needed = {name: sum(map(slots, running)) for name, slots in policies.items()}
     held = sum(request.tokens for request in running)
-    return Sample(at_s, len(running) if count is None else count, held, taken, needed)
+    return Sample(at_s, len(running), held, taken, needed)
 
 
-def on_vllm(url: str, requests: Sequence[load.Request], policies: Policies) -> Trace:
-    """Samples of /metrics; which tokens were held then is told by the answers' streams (a token more or less each).
+@contextlib.contextmanager
+def vllm_in_steps(model: Path, options: dict[str, Any]) -> Iterator[turns.Process]:
+    """vLLM in a process of its own that steps it by hand (vllm_steps.py); `options` are those of vllm.LLM."""
+    eager = {} if gpus_visible() else {"enforce_eager": True}
+    with turns.Process("vllm", "ch06_vllm.vllm_steps:main", str(model), json.dumps(options | eager)) as engine:
+        engine.ready()
+        yield engine
 
-    Raises:
-        UserError: a request was not answered.
-    """
-    # The front end, whose the gauges are, is held up by a server's first requests, while the engine goes on.
-    asyncio.run(send(url, [load.Request([1, 2, 3], 64)] * 4))
-    before = scrape(url)
-    info = before.labels["vllm:cache_config_info"]
-    block_size = int(info["block_size"])
-    usable = int(info["num_gpu_blocks"]) - 1  # block 0 pads tables, and is not lent
-    with Sampler(url, interval_s=0.02) as sampler:
-        began, records = asyncio.run(send(url, requests))
-    if failed := [record.error for record in records if record.error]:
-        raise UserError(f"{len(failed)} requests failed: {failed[0]}; mend that first")
-    trace = Trace(block_size, tokens=sum(record.completion_tokens for record in records))
-    trace.seconds = max(record.arrivals_s[-1] for record in records)
-    for at_s, metrics in sampler.samples:
-        seen = (progress(record, request, at_s - began) for record, request in zip(records, requests, strict=True))
-        taken = round(metrics["vllm:kv_cache_usage_perc"] * usable) * block_size
-        count = int(metrics["vllm:num_requests_running"])
-        trace.samples.append(sample(at_s - began, [held for held in seen if held], taken, policies, count))
-    now = scrape(url)
-    trace.hits, trace.queries, trace.preemptions = (
-        now[f"vllm:{name}_total"] - before[f"vllm:{name}_total"]
-        for name in ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
-    )
+
+def stepped(engine: turns.Process, requests: Sequence[load.Request]) -> dict[str, Any]:
+    """What vllm_steps.py answers, for requests that all come at once."""
+    return engine.ask([{"prompt": request.prompt, "max_tokens": request.max_tokens} for request in requests])
+
+
+def on_vllm(engine: turns.Process, requests: Sequence[load.Request], policies: Policies) -> Trace:
+    """The same on vLLM."""
+    found = stepped(engine, requests)
+    size = found["block_size"]
+    trace = Trace(size, seconds=found["seconds"], tokens=sum(request.max_tokens for request in requests))
+    for step in found["steps"]:
+        running = [Held(*request) for request in step["running"]]
+        trace.samples.append(sample(step["at_s"], running, step["taken"] * size, policies))
+    trace.hits, trace.queries = found["prefix_cache_hits"], found["prefix_cache_queries"]
+    trace.preemptions = found["num_preemptions"]
     return trace
-
-
-async def send(url: str, requests: Sequence[load.Request]) -> tuple[float, list[load.Record]]:
-    """All at once; the run's zero on perf_counter, and a record of each."""
-    async with Client(url, concurrency=len(requests), retry=Retry(attempts=1)) as client:
-        sender = load.Sender(client, (await client.models())[0], lambda _: None, temperature=0.0)
-        records = await sender.open_loop(requests, np.zeros(len(requests)))
-    return sender.began, records
-
-
-def progress(record: load.Record, request: load.Request, at_s: float) -> Held | None:
-    """What the cache holds of a request, by the tokens that have come; None before the first and after the last."""
-    came = bisect_right(record.arrivals_s, at_s)
-    if not 0 < came < len(record.arrivals_s):
-        return None
-    tokens = round(record.completion_tokens * came / len(record.arrivals_s))
-    return Held(len(request.prompt), request.max_tokens, len(request.prompt) + tokens - 1)

@@ -33,9 +33,9 @@ BLOCK_OF_HASH = 512  # tokens that one of a trace's hash_ids stands for (Mooncak
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids. The answer is to have max_tokens tokens exactly (ignore_eos)."""
+    """prompt: token ids, or a text. The answer is to have max_tokens tokens exactly (ignore_eos)."""
 
-    prompt: list[int]
+    prompt: list[int] | str
     max_tokens: int
 
 

@@ -1,17 +1,17 @@
 """One way of generating for many prompts, as a process that waits for its turn: ours, vLLM, or transformers.
 
-Runs in the environment of the engine that it drives, so it imports nothing before it knows which. Speaks lines of JSON:
-first {"ready": seconds}, then for each line of requests on stdin {"seconds": ..., "tokens": [[...], ...]}.
+Runs in the environment of the engine that it drives, so it imports nothing before it knows which.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from ch06_vllm.answer import in_turn
 
 Requests = list[dict[str, Any]]  # {"prompt": token ids, "max_tokens": n}
 Generate = Callable[[Requests], list[list[int]]]
@@ -73,13 +73,16 @@ CONTESTANTS: dict[str, Callable[[str, dict[str, Any]], Generate]] = {
 
 
 def wait_for_turns(name: str, model: str, options: str) -> None:
-    """What the process does; `options` is a JSON object."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever the libraries print is no reply
-    start = time.perf_counter()
-    generate = CONTESTANTS[name](model, json.loads(options))
-    print(json.dumps({"ready": time.perf_counter() - start}), file=replies, flush=True)
-    for line in sys.stdin:
-        requests = json.loads(line)
-        start = time.perf_counter()
-        tokens = generate(requests)
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), file=replies, flush=True)
+    """What the process does: [requests] to {"seconds": ..., "tokens": [[...], ...]}; `options` is a JSON object."""
+
+    def load() -> Callable[[Requests], dict[str, Any]]:
+        generate = CONTESTANTS[name](model, json.loads(options))
+
+        def answer(requests: Requests) -> dict[str, Any]:
+            start = time.perf_counter()
+            tokens = generate(requests)
+            return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+        return answer
+
+    in_turn(load)

@@ -3,20 +3,19 @@
 You learn   FLOPs and bytes of both by formula; why prefill is bound by arithmetic and decode by memory, what batching
             changes for each, and from which context on a batch no longer helps; what share of a request's time each is
 Laptop      python -m ch06_vllm.phases --preset small
-            python -m ch06_vllm.phases --engine ours,vllm          (vLLM by its own metrics: one start)
+            python -m ch06_vllm.phases --engine ours,vllm          (vLLM too: one start)
 GPU node    python -m ch06_vllm.phases --preset 1b --prompts 128,512,2048 --batches 1,8,64 --engine ours,vllm
 Cluster     nothing more: a replica is one device, or one tensor-parallel group
 You see     a table: FLOPs a byte against this machine's ridge, milliseconds of each engine, what binds; phases.png: the
             roofline, tokens/s over prompt lengths and batch sizes
 
-On our engine each step is timed by itself. vLLM tells how long each request was in prefill and in decode (/metrics):
-means over requests that came together. The ceilings are measured here, at the start: a matrix product and a triad.
+Both engines are stepped by hand, without a server, and each step is timed by itself. The ceilings are measured here, at
+the start: a matrix product and a triad.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import statistics
 import time
@@ -29,13 +28,11 @@ import numpy as np
 
 from ch01_intro import roofline
 from ch01_intro.roofline import Ceilings, Work
-from ch06_vllm import load
+from ch06_vllm import load, turns
 from ch06_vllm.engine import Config, SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import blocks
-from ch06_vllm.kv_run import send
-from ch06_vllm.scrape import scrape
-from ch06_vllm.servers import Server
+from ch06_vllm.kv_run import stepped, vllm_in_steps
 from ch06_vllm.started import engine_name, folder_of
 from common import dist, lm, logs, script
 
@@ -104,16 +101,11 @@ def on_ours(engine: Engine, shape: Shape, requests: Sequence[load.Request], time
     times[shape] += seconds[:1] if shape.phase == "prefill" else seconds[1:]
 
 
-def on_vllm(url: str, shape: Shape, requests: Sequence[load.Request], times: Times) -> None:
-    """By the engine's own clock, means of the requests: on two cores the server's front end sends tokens in bursts."""
-    before = scrape(url)
-    _, records = asyncio.run(send(url, requests))
-    if failed := [record.error for record in records if record.error]:
-        raise script.UserError(f"{shape.name}: {failed[0]}; mend that first")
-    after = scrape(url)
-    metric = f"vllm:request_{shape.phase}_time_seconds_sum"
-    steps = len(requests) if shape.phase == "prefill" else sum(request.max_tokens - 1 for request in requests)
-    times[shape].append((after[metric] - before[metric]) / steps)
+def on_vllm(engine: turns.Process, shape: Shape, requests: Sequence[load.Request], times: Times) -> None:
+    """The same, told by vllm_steps.py."""
+    steps = stepped(engine, requests)["steps"]
+    seconds = np.diff([0.0, *(step["at_s"] for step in steps)]).tolist()
+    times[shape] += seconds[:1] if shape.phase == "prefill" else seconds[1:]
 
 
 def measure(args: argparse.Namespace, engine: str, model: Path, wanted: Sequence[Shape]) -> dict[Shape, float]:
@@ -143,8 +135,8 @@ def measure(args: argparse.Namespace, engine: str, model: Path, wanted: Sequence
     else:
         config = lm.config(str(model))
         cache = roofline.kv_bytes(config, 1, (most + 1) * blocks(longest, BLOCK) * BLOCK, config.dtype.itemsize)
-        with Server(model, "vllm", options | {"kv-cache-memory-bytes": cache}) as server:
-            rounds(lambda shape, requests, into: on_vllm(server.url, shape, requests, into))
+        with vllm_in_steps(model, options | {"kv_cache_memory_bytes": cache}) as theirs:
+            rounds(lambda shape, requests, into: on_vllm(theirs, shape, requests, into))
     return {shape: statistics.median(seconds) for shape, seconds in times.items()}
 
 

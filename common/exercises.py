@@ -39,6 +39,7 @@ ROOT = process.ROOT
 REQUIRED = {"id", "covers", "title", "script", "run", "smoke", "needs", "expect"}
 OPTIONAL = {"gpu", "gpu_needs", "gpu_expect", "run_expect", "timeout_s", "alone"}
 AT_A_TIME = 2
+BESIDE_OTHERS = {"OMP_WAIT_POLICY": "passive"}  # two that spin on shared cores: 10 x slower
 EXPECTATIONS = ("expect", "gpu_expect", "run_expect")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -309,7 +310,7 @@ def _begin(exercise: Exercise, gpu: bool) -> process.Child | Outcome:
     if lacking := [what for need in needs if (what := missing_for(need))]:
         return Outcome(exercise.chapter, exercise.id, "skipped", note="needs " + ", ".join(lacking), command=command)
     try:
-        return process.Child(command)
+        return process.Child(command, env={} if exercise.alone or gpu else BESIDE_OTHERS)
     except OSError as error:
         note = f"cannot start it ({error.strerror}: {error.filename})"
         return Outcome(exercise.chapter, exercise.id, "failed", note=note, command=command)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
 # Before anything imports the libraries that read them once. Child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # others need the core on which a thread would spin meanwhile
 os.environ["HF_DATASETS_CACHE"] = str(SCRATCH / "datasets")
 if os.environ.get("TEST_ON_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test` proves things on the CPU, also where there is a GPU

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from ch06_vllm import agree, bench_serve, compare_models, load
+from ch06_vllm import agree, bench_serve, compare_models, load, turns
 from ch06_vllm.client import Answer, Client, Retry
 from common.script import UserError
 from tests.conftest import needs_vllm
@@ -374,12 +374,17 @@ def test_vllms_own_code_makes_the_same_figures_of_our_records() -> None:
         tokens = chunks if index % 3 else 2 * chunks
         records.append(record(index, index / 9, times[0], times[1:].tolist(), tokens))
 
-    async def difference() -> float:
-        async with agree.theirs() as judge:
-            await judge.answer(280)
-            return await agree.definitions(judge, records, load.summary(records))
+    with turns.Process("vllm bench serve", "ch06_vllm.vllm_bench:main") as judge:
+        judge.ready(280)
+        assert asyncio.run(agree.definitions(judge, records, load.summary(records))) < 1e-9
 
-    assert asyncio.run(difference()) < 1e-9
+
+def test_a_process_that_ends_or_cannot_start_is_told_by_its_own_words() -> None:
+    with turns.Process("it", "ch06_vllm.offline:wait_for_turns", "ours", "/nowhere", "{}", engine="ours") as it:
+        with pytest.raises(UserError, match="it cannot run: exit"):
+            it.ready(60)
+        with pytest.raises(UserError, match="it cannot run: exit"):
+            it.ask([], 60)
 
 
 def test_agreement_is_the_median_of_the_rounds() -> None:

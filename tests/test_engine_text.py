@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ch06_vllm.engine import LLM
 from ch06_vllm.engine.detokenizer import Detokenizer
+from ch06_vllm.engine.protocol import CompletionBody
 from ch06_vllm.engine.request import Request, SamplingParams
 from ch06_vllm.engine.sampler import sample
-from tests.tiny_models import tokenizer
+from tests.tiny_models import build, tokenizer
 
 GRID = 1000
 
@@ -257,3 +261,25 @@ def test_a_stop_text_cuts_wherever_tokens_have_their_borders(kind: str) -> None:
             assert stopped(text, tuple(stop))[0].startswith(shown)
 
     run()
+
+
+def test_a_models_own_sampling_holds_where_a_body_leaves_it_open() -> None:
+    own = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+    def asked(**body: Any) -> tuple[float, int, float]:
+        params = CompletionBody(prompt="a", **body).sampling(4, None, own)
+        return params.temperature, params.top_k, params.top_p
+
+    assert asked() == (0.6, 20, 0.95)
+    assert asked(temperature=0) == (0, 20, 0.95)
+    assert asked(top_k=-1, top_p=1) == (0.6, 0, 1)  # -1 is all, and said
+
+
+def test_a_folders_generation_config_is_read(tmp_path: Path) -> None:
+    folder = build(tmp_path, "llama")
+    assert LLM(str(folder), num_blocks=8).engine.default_sampling == {}
+    own = {"eos_token_id": [0, 7], "temperature": 0.6, "top_k": 20, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    llm = LLM(str(folder), num_blocks=8)
+    assert llm.engine.default_sampling == {"temperature": 0.6, "top_k": 20}
+    assert llm.engine._end_tokens == {0, 7}

@@ -18,13 +18,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ch06_vllm import batching, kv_policies, kv_run, load, phases, scrape, servers, stall, tune
+from ch06_vllm import batching, kv_policies, kv_run, load, phases, scrape, stall, tune
 from ch06_vllm.batching import Arrival
 from ch06_vllm.engine import Config
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.kv_policies import Held
 from ch06_vllm.servers import Server
-from common import exercises, lm, process
+from common import exercises, lm
 from common.script import UserError
 from tests.inprocess import run_script
 
@@ -133,57 +133,33 @@ def test_a_block_of_the_longest_request_is_preallocation(served_model: Path, ids
     assert pieces.waste("paged") == pieces.waste("max") > 0.8
 
 
-def test_vllm_takes_what_the_lengths_say(vllm_server: Server, ids: np.ndarray) -> None:
-    info = scrape.scrape(vllm_server.url).labels["vllm:cache_config_info"]
-    size = int(info["block_size"])
-    lengths = [(size - 20 + 40 * i, 300) for i in range(6)]  # long enough to be seen by the sampler
-    rules = kv_policies.policies(size, 4096)
-    trace = kv_run.on_vllm(vllm_server.url, requests(ids, lengths, seed=7), rules)
-    assert trace.block_size == size
-    # On two cores vLLM's front end, whose the gauges are, may fall behind the engine and pass its peak over: that they
-    # are equal is asserted where the engine is stepped (below).
-    assert 0 < trace.peak_blocks <= kv_policies.peak_blocks(lengths, size) + 2
-    assert 0 < trace.running_peak <= len(lengths)
-    assert trace.tokens == 300 * len(lengths)
-
-    shared = requests(ids, [(5, 2)] * 4, shared=2 * size + 3, seed=8)
-    kv_run.on_vllm(vllm_server.url, shared[:1], rules)
-    trace = kv_run.on_vllm(vllm_server.url, shared[1:], rules)
-    assert (
-        trace.hits == kv_policies.prefix_hits([len(r.prompt) for r in shared[1:]], 2 * size + 3, size) == 3 * 2 * size
-    )
-    assert trace.queries == sum(len(request.prompt) for request in shared[1:])
-
-
-VLLM_BY_STEPS = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-llm = LLM(sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=512 << 20, max_model_len=2048, block_size=32)
-pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-for number, (prompt, answer) in enumerate(json.loads(sys.argv[2])):
-    tokens = [(7 * number + at) % 1900 + 3 for at in range(prompt)]
-    params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
-    llm.llm_engine.add_request(str(number), {"prompt_token_ids": tokens}, params)
-taken = []
-while llm.llm_engine.has_unfinished_requests():
-    llm.llm_engine.step()
-    taken.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-print("RESULT " + json.dumps({"taken": taken}))
-"""
-
-
-def test_vllm_stepped_by_hand_takes_what_the_lengths_say_to_the_block(served_model: Path) -> None:
+def test_vllm_takes_what_the_lengths_say_to_the_block(served_model: Path, ids: np.ndarray) -> None:
     if lacking := exercises.missing_for("vllm"):
         pytest.skip(f"needs {lacking}")
-    lengths = [(12 + 40 * number, 60 + 48 * number) for number in range(6)]
-    command = [str(servers.vllm_program("python")), "-c", VLLM_BY_STEPS, str(served_model), json.dumps(lengths)]
-    env = {**servers.vllm_environment(1), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = process.run(command, timeout_s=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.result
-    assert max(done.result["taken"]) == kv_policies.peak_blocks(lengths, 32)
-    assert done.result["taken"][-1] == 0
+    rules = kv_policies.policies(32, 1024)
+    options = {"kv_cache_memory_bytes": 512 << 20, "max_model_len": 1024, "block_size": 32}
+    with kv_run.vllm_in_steps(served_model, options) as engine:
+        lengths = [(12 + 40 * number, 60 + 48 * number) for number in range(6)]
+        trace = kv_run.on_vllm(engine, requests(ids, lengths, seed=7), rules)
+        assert (trace.block_size, trace.running_peak, trace.hits) == (32, len(lengths), 0)
+        assert trace.peak_blocks == kv_policies.peak_blocks(lengths, 32)
+        assert trace.samples[-1].taken == 0
+        held = [sum(held.tokens for held in kv_policies.after_step(lengths, step + 1)) for step in range(60)]
+        assert [step.held for step in trace.samples[:60]] == held
+
+        shared = requests(ids, [(5, 2)] * 4, shared=67, seed=8)
+        kv_run.on_vllm(engine, shared[:1], rules)
+        trace = kv_run.on_vllm(engine, shared[1:], rules)
+        assert trace.hits == kv_policies.prefix_hits([len(r.prompt) for r in shared[1:]], 67, 32) == 3 * 64
+        assert trace.queries == sum(len(request.prompt) for request in shared[1:])
+
+        prefill, decode = phases.Shape("prefill", 2, 64), phases.Shape("decode", 2, 64)
+        times: phases.Times = {prefill: [], decode: []}
+        began = time.perf_counter()
+        phases.on_vllm(engine, prefill, requests(ids, [(64, 1)] * 2, seed=3), times)
+        phases.on_vllm(engine, decode, requests(ids, [(64, 20)] * 2, seed=4), times)
+        assert (len(times[prefill]), len(times[decode])) == (1, 19)
+        assert 0 < sum(times[prefill] + times[decode]) < time.perf_counter() - began
 
 
 # ---------------------------------------------------------------- /metrics
@@ -280,17 +256,6 @@ def test_shapes() -> None:
     names = [shape.name for shape in phases.shapes([128, 32], [4, 1])]
     assert names == ["prefill, 1 x 32", "prefill, 1 x 128", "prefill, 4 x 32", "decode, 1 x 32", "decode, 1 x 128",
                      "decode, 4 x 32", "decode, 4 x 128"]  # fmt: skip
-
-
-def test_phases_on_vllm_are_by_its_own_clock(vllm_server: Server, ids: np.ndarray) -> None:
-    prefill, decode = phases.Shape("prefill", 2, 64), phases.Shape("decode", 2, 64)
-    times: phases.Times = {prefill: [], decode: []}
-    began = time.perf_counter()
-    phases.on_vllm(vllm_server.url, prefill, requests(ids, [(64, 1)] * 2, seed=3), times)
-    phases.on_vllm(vllm_server.url, decode, requests(ids, [(64, 20)] * 2, seed=4), times)
-    seconds = time.perf_counter() - began  # of both: no request can have been in a phase for longer
-    assert 0 < times[prefill][0] < seconds
-    assert 0 < 19 * times[decode][0] < seconds
 
 
 # ---------------------------------------------------------------- continuous and static batching

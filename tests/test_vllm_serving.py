@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ch06_vllm import make_model, options, serve_vllm, servers
+from ch06_vllm import batch, bench_serve, chaos, make_model, options, serve_vllm, servers
 from ch06_vllm.servers import Server
 from common import bootstrap, exercises, lm, process
 from common.ranks import free_port
@@ -200,6 +201,44 @@ def test_two_ranks_share_the_work_and_give_likely_tokens(vllm_server: Server, vl
     assert len(common) >= 4
     assert all(one[token] == pytest.approx(two[token], abs=0.1) for token in common)
     assert complete(vllm_server_tp2, "def f(")["usage"]["completion_tokens"] == 24
+
+
+@pytest.mark.parametrize("name", ["vllm_server", "vllm_server_tp2"])
+def test_the_batch_and_the_benchmark_on_one_rank_and_on_two(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(name)
+    bodies = [
+        {"model": server.model, "prompt": [5 + n, 6, 7], "max_tokens": 1 + n % 4, "ignore_eos": True} for n in range(20)
+    ]
+    rows = [
+        {"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": body}
+        for n, body in enumerate(bodies)
+    ]
+    asked, done = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch.main([str(asked), str(done), "--url", server.url, "--run-dir", str(tmp_path / "batch")])
+    answers = [json.loads(line) for line in done.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [row["custom_id"] for row in rows]
+    usage = [answer["response"]["body"]["usage"] for answer in answers]
+    assert [counts["completion_tokens"] for counts in usage] == [body["max_tokens"] for body in bodies]
+
+    load = ["--requests", "8", "--concurrency", "4", "--warmup", "1", "--prompt-tokens", "16", "--output-tokens", "6"]
+    folder = ["--model", str(server.folder), "--run-dir", str(tmp_path / "bench")]
+    found = bench_serve.main(["--url", server.url, *load, *folder])
+    assert (found["failed"], found["completed"], found["completion_tokens"]) == (0, 8, 48)
+
+
+@pytest.mark.parametrize("fault", [name for name in chaos.FAULTS if "in the queue" not in name])
+def test_two_ranks_answer_a_fault_rightly_and_keep_nothing_of_it(vllm_server_tp2: Server, fault: str) -> None:
+    async def suffer() -> dict:
+        async with chaos.Victim(vllm_server_tp2) as victim:
+            return await chaos.suffer(victim, fault, chaos.FAULTS[fault])
+
+    row = asyncio.run(suffer())
+    assert row["right"], row
+    assert row["left"] == {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0}
+    assert row["same"], row
 
 
 class Starter:

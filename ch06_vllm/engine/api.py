@@ -101,7 +101,8 @@ class Service:
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self.read(request))
         self.check_model(body.model)
-        params = body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        limit = 16 if body.max_tokens is None else body.max_tokens
+        params = body.sampling(limit, body.logprobs, self.engine.engine.default_sampling)
         prompts: Any = body.prompts()
         if isinstance(prompts[0], str):
             prompts = await self.tokens(prompts)
@@ -114,7 +115,8 @@ class Service:
         (prompt,) = await self.tokens([self.render(body)], special=False)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         rest = max(1, self.max_len - len(prompt))
-        params = body.sampling(rest if limit is None else limit, (body.top_logprobs or 0) if body.logprobs else None)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = body.sampling(rest if limit is None else limit, logprobs, self.engine.engine.default_sampling)
         wanted = [(prompt, each) for each in body.choices(params)]
         return await self.answer(request, body, ChatReply(self.model, self.encoder), wanted)
 

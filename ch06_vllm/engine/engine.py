@@ -34,18 +34,21 @@ class Engine:
         self.max_len = self.runner.model.max_len
         self.vocab_size: int = self.runner.model.config.vocab_size
         self._detokenizers: dict[str, Detokenizer] = {}
-        self._end_tokens = self._read_end_tokens()
+        self._end_tokens, self.default_sampling = self._read_generation_config()
         self._number = 0
 
-    def _read_end_tokens(self) -> set[int]:
-        """What ends a text: by the generation config if there is one, as a chat model may have several."""
+    def _read_generation_config(self) -> tuple[set[int], dict[str, Any]]:
+        """What ends a text (a chat model may have several tokens for it), and the sampling that the model asks for."""
         from transformers import GenerationConfig
 
         try:
-            found: Any = GenerationConfig.from_pretrained(self.runner.model.folder).eos_token_id
+            config = GenerationConfig.from_pretrained(self.runner.model.folder)
+            found: Any = config.eos_token_id
         except OSError:
-            found = self.runner.model.config.eos_token_id
-        return set(found if isinstance(found, list) else [found]) - {None}
+            config, found = GenerationConfig(), self.runner.model.config.eos_token_id
+        asked = config.to_diff_dict()
+        sampling = {name: asked[name] for name in ("temperature", "top_k", "top_p") if asked.get(name) is not None}
+        return set(found if isinstance(found, list) else [found]) - {None}, sampling
 
     def add(
         self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, request_id: str | None = None

@@ -57,7 +57,8 @@ class LLM:
     def _generate(self, prompts: Prompts, params: Params) -> list[Output]:
         assert self.engine
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
+        params = params or SamplingParams(**self.engine.default_sampling)
+        each = params if isinstance(params, Sequence) else [params] * len(prompts)
         outputs: dict[str, Output] = {}
         try:
             for prompt, wanted in zip(prompts, each, strict=True):

@@ -74,20 +74,21 @@ class _Body(BaseModel, extra="allow"):
     priority: int | None = 0
     return_token_ids: bool | None = False
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """
+    def sampling(self, max_tokens: int, logprobs: int | None, defaults: Json) -> SamplingParams:
+        """`defaults` are the model's, for what the body leaves open.
+
         Raises:
             RequestError: a value is out of range.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         wanted: Json = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "logprobs": logprobs}
+        wanted["top_k"] = 0 if self.top_k == -1 else self.top_k  # -1 is all, as in vLLM
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
-                top_k=0 if self.top_k in (None, -1) else self.top_k,  # -1 is all, as in vLLM
                 stop=tuple(stop),
                 ignore_eos=bool(self.ignore_eos),
-                **{name: value for name, value in wanted.items() if value is not None},
+                **defaults | {name: value for name, value in wanted.items() if value is not None},
             )
         except ValueError as error:
             raise RequestError(str(error), param=str(error).partition(" ")[0]) from None
