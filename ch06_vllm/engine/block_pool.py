@@ -81,6 +81,20 @@ class BlockPool:
             self.cached[digest] = block
             self.hash_of[block] = digest
 
+    def take_in(self, hashes: Sequence[bytes]) -> dict[int, int]:
+        """Blocks for a prefix whose keys and values come from elsewhere: index in `hashes` -> block to write them to.
+
+        They can be found at once and nobody holds them, so write before the next step. What is known already is left
+        out, and so is the prefix's end where there is no room.
+        """
+        known = self.match(hashes)
+        self.share(known)  # the blocks that are allocated must not be these
+        new = self.allocate(min(len(hashes) - len(known), self.num_free))
+        for index, block in enumerate(new, start=len(known)):
+            self.publish(block, hashes[index])
+        self.release([*known, *new])
+        return {index: block for index, block in enumerate(new, start=len(known)) if self.hash_of[block] is not None}
+
     def forget_all(self) -> None:
         """Empty the prefix cache."""
         for block in list(self.cached.values()):
