@@ -49,7 +49,7 @@ def hashes(tokens: list[int], size: int) -> list[bytes]:
 
 
 def take_out(engine: Engine, tokens: list[int]) -> tuple[list[bytes], torch.Tensor]:
-    """What the prefix cache has of this prompt: hashes, and [blocks, layers, keys and values, size, kv_heads, head_dim]."""
+    """What the prefix cache has of it: hashes, and [blocks, layers, 2 (keys, values), size, kv_heads, head_dim]."""
     names = hashes(tokens, engine.pool.block_size)
     blocks = engine.pool.match(names)
     caches = engine.runner.model.caches
@@ -211,12 +211,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ids = load.usable_ids(Path(model))
     rounds: list[dict[str, Json]] = []
     with contextlib.ExitStack() as stack:
+        call = "ch07_sglang_routing.kv_handover:worker"
         engines = [
-            stack.enter_context(
-                turns.Process(
-                    name, "ch07_sglang_routing.kv_handover:worker", str(model), json.dumps(config), engine="ours"
-                )
-            )
+            stack.enter_context(turns.Process(name, call, str(model), json.dumps(config), engine="ours"))
             for name in ("prefill engine", "decode engine")
         ]
         for engine in engines:
@@ -237,7 +234,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return {
         "prompt_tokens": args.prompt_tokens,
         "same_tokens": all(one[way]["tokens"] == one["nothing shared"]["tokens"] for one in rounds for way in ways),
-        "cached": {way: rounds[0][way]["cached"] for way in ways},
+        "elsewhere_cached": rounds[0]["routed elsewhere"]["cached"],
+        "handed_cached": moved["cached"],
         "handed_blocks": moved["blocks"], "handed_bytes": moved["bytes"], "handed_ms": handed_ms,
         "ttft_ms": ms, "prefill_saved_times": ms["nothing shared"] / ms["handed over"],
         "with_transfer_times": ms["nothing shared"] / (ms["handed over"] + handed_ms),

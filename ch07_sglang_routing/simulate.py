@@ -67,14 +67,14 @@ def table(title: str, played: Plays, base: str, args: argparse.Namespace) -> str
     for policy, one in played.items():
         lines.append(f"{policy:<18}" + "".join(f"{compare.value(name, one):>13.4g}" for name in NAMES))
     differs = ("hit_rate", "ttft_ms_p99", "e2e_ms")
-    lines.append(f"more than {base}:".ljust(32) + "".join(f"{NAMES[n]:<30}" for n in differs) + "regret: E2E ms")
+    lines.append(f"more than {base}:".ljust(32) + "".join(f"{NAMES[n]:<33}" for n in differs) + "regret: E2E ms")
     for policy, one in played.items():
         found = [(name, played[base]) for name in differs] + [("e2e_ms", best)]
         cells = [
             "-" if one is other else str(compare.difference(name, one, other, args.seed, resamples=args.resamples))
             for name, other in found
         ]
-        lines.append(f"  {policy:<30}" + "".join(f"{cell:<30}" for cell in cells).rstrip())
+        lines.append(f"  {policy:<30}" + "".join(f"{cell:<33}" for cell in cells).rstrip())
     return "\n".join(lines)
 
 
