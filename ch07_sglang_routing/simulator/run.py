@@ -7,6 +7,7 @@ counts, or, with `scrape_s`, the engines' gauges as they last were read.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -179,12 +180,16 @@ def play(trace: Trace, chooser: Chooser | Informed, setting: Setting) -> Played:
 
     engines = [Engine(setting.physics, setting.config, on_first, on_finish) for _ in counts]
 
+    wakes = [engine.wake_s for engine in engines]
+
     def advance(until_s: float) -> None:
         while True:
-            wake_s, engine = min(((engine.wake_s, engine) for engine in engines), key=_wake)
-            if wake_s > until_s:
+            soonest_s = min(wakes)
+            if soonest_s > until_s:
                 return
-            engine.fire()
+            worker = wakes.index(soonest_s)
+            engines[worker].fire()
+            wakes[worker] = engines[worker].wake_s
 
     scraped = 0
     for index, asked in enumerate(trace):
@@ -207,7 +212,8 @@ def play(trace: Trace, chooser: Chooser | Informed, setting: Setting) -> Played:
         counts[worker].pending_tokens += pending[index]
         sequences[index] = sequence = Sequence(index, asked.prompt, asked.output, hashes)
         engines[worker].submit(sequence, asked.at_s)
-    advance(1e300)
+        wakes[worker] = engines[worker].wake_s
+    advance(sys.float_info.max)
 
     at_s = np.array([asked.at_s for asked in trace])
     end_s = max(finish_s)
@@ -231,7 +237,3 @@ def oracle(played: Iterable[Played]) -> Played:
     this comes within some per cent of it (the tests say how near), and no policy that was played is below it.
     """
     return min(played, key=lambda one: float(one.e2e_s.mean()))
-
-
-def _wake(pair: tuple[float, Engine]) -> float:
-    return pair[0]
