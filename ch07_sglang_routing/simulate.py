@@ -210,9 +210,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result[f"leak_{policy}_last_share"] = last
 
     figures, one_day = day(setting, args)
-    print(
-        f"\na day: {figures['day_requests']} requests, {figures['day_hours']:.1f} hours in {figures['day_cpu_s']:.1f} s of one core"
-    )
+    took = f"{figures['day_hours']:.1f} hours in {figures['day_cpu_s']:.1f} s of one core"
+    print(f"\na day: {figures['day_requests']} requests, {took}")
     plot(shared, hot, old, leaking, one_day, out.path("simulate.png"))
     return result | figures
 
