@@ -206,7 +206,7 @@ def fit(measured: Samples) -> Physics:
     terms = np.array(list(measured))
     seconds = np.array([statistics.fmean(found) for found in measured.values()])
     scaled = terms / seconds[:, None]
-    used = list(range(terms.shape[1]))
+    used = [column for column in range(terms.shape[1]) if terms[:, column].any()]
     while True:
         norms = np.linalg.norm(scaled[:, used], axis=0)
         values = np.linalg.lstsq(scaled[:, used] / norms, np.ones(len(seconds)), rcond=None)[0]
