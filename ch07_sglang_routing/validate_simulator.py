@@ -3,16 +3,16 @@
 You learn   what a simulation may be believed for: measure its coefficients, predict, then look; why the measurement has
             to be made under the conditions of the run, and again each time
 Laptop      python -m ch07_sglang_routing.validate_simulator
-            python -m ch07_sglang_routing.validate_simulator --clock wall --rate 5     (leave the machine alone meanwhile)
+            python -m ch07_sglang_routing.validate_simulator --clock wall --rate 5   (leave the machine alone then)
 GPU node    python -m ch07_sglang_routing.validate_simulator --preset 1b --rate 20 --clock wall
 Cluster     nothing more
 You see     the coefficients; then for each round and policy TTFT, E2E, tokens/s and hit rate, simulated / live; the
             medians of the ratios
 
-A round is calibration, the trace, calibration again. By --clock cpu the real engines are stepped by hand in this process,
-and a step takes the CPU seconds spent on it: what else the machine does hardly counts. By --clock wall they are servers,
-asked through HTTP: all that happens counts, and engines slow each other on the cores that they share; how much is
-measured, and how often that is so the simulation says. Each engine computes in one thread.
+A round is calibration, the trace, calibration again. By --clock cpu the real engines are stepped by hand in this
+process, and a step takes the CPU seconds spent on it: what else the machine does hardly counts. By --clock wall they
+are servers, asked through HTTP: all that happens counts, and engines slow each other on the cores that they share; how
+much is measured, and how often that is so the simulation says. Each engine computes in one thread.
 """
 
 from __future__ import annotations

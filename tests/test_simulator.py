@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ch06_vllm.engine.block_pool import BlockPool
+from ch06_vllm.engine.engine import Engine as RealEngine
 from ch06_vllm.engine.request import Config, Request, SamplingParams
 from ch06_vllm.engine.scheduler import Scheduler
 from ch07_sglang_routing.router.policies import POLICIES
-from ch07_sglang_routing.simulator import compare, live, run, traces
+from ch07_sglang_routing.simulator import by_hand, compare, live, run, traces
 from ch07_sglang_routing.simulator.engine import IDLE, Engine, Physics, Sequence
 from ch07_sglang_routing.simulator.traces import Asked
+from tests.tiny_models import build
 
 PHYSICS = Physics(step_s=1e-3, prefill_token_s=20e-6, prefill_pair_s=3e-8, decode_seq_s=1e-4, decode_context_s=7e-7)
 
@@ -352,3 +355,22 @@ def test_prompts_of_live_runs_share_what_their_tokens_share() -> None:
     assert set(first) <= set(ids.tolist())
     assert first[:64] == second[:64]
     assert first[64:80] != second[64:80]
+
+
+def test_real_engines_by_hand_find_the_prefixes_that_the_simulator_finds(tmp_path: Path) -> None:
+    """So slowly that nothing depends on how long a step takes: the same hits, request by request."""
+    config = Config(str(build(tmp_path, "llama")), device="cpu", block_size=4, num_blocks=44, max_num_seqs=4)
+    trace = traces.sessions(
+        40, 0.2, np.random.default_rng(0), systems=3, system_tokens=18, turns=2.0, longest=80, new_tokens="2-9",
+        output_tokens="2-5",
+    )  # fmt: skip
+    two = run.Setting(workers=2, config=config)
+    engines = [RealEngine(config) for _ in range(2)]
+    for name in ("round_robin", "joint"):
+        real = by_hand.play(trace, run.policy(name, two), engines, np.arange(1, 300))
+        said = run.play(trace, run.policy(name, two), two)
+        assert real.worker.tolist() == said.worker.tolist()
+        assert real.cached.tolist() == said.cached.tolist()
+        assert real.cached.sum() > 0
+        assert (real.e2e_s >= real.ttft_s).all()
+    assert not any(engine.has_work for engine in engines)

@@ -1,8 +1,8 @@
 """The same trace on chapter 6's real engines, stepped by hand, with a clock of CPU seconds.
 
-The engines compute in this process: real model, real scheduler, real cache. Time is virtual: arrivals are at the trace's
-moments, and a step takes the CPU seconds that this process spent on it. So engines do not take cores from each other, and
-what else the machine does hardly counts: what is left out is the way through HTTP and the fight for cores (live.py).
+The engines compute in this process: real model, real scheduler, real cache. Time is virtual: arrivals are at the
+trace's moments, and a step takes the CPU seconds that this process spent on it. So engines do not take cores from each
+other, and what else the machine does hardly counts. Not in it: the way through HTTP, the fight for cores (live.py).
 """
 
 from __future__ import annotations
