@@ -1,0 +1,411 @@
+"""An inference engine without a model: chapter 6's scheduler, step for step, in virtual time.
+
+What is computed when, what hits the prefix cache and who is preempted are decided as ch06_vllm/engine/scheduler.py
+decides (tests play both on the same requests); its block pool is used as it is. How long a step takes is a formula
+(Physics). Steps in which nothing is decided, all requests generating, are taken at once: requests that generate are
+kept as sums (how many, of how much context, how many need a block at which step), so that a run of n steps costs the
+same as one.
+
+Two things differ: a request's answer enters the prefix cache when it ends, not block by block; and arrivals all have
+the same priority.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+
+from ch06_vllm.engine.block_pool import BlockPool
+from ch06_vllm.engine.request import Config
+
+IDLE = math.inf
+
+
+@dataclass(frozen=True)
+class Physics:
+    """Seconds of a step: a sum of what it computes. live.py measures the coefficients on servers; those given here are
+    about those of the nano model stepped by hand on two cores (ch06_vllm/phases.py).
+
+    Args:
+        step_s: of any step, whatever is in it.
+        prefill_token_s: of each prompt token.
+        prefill_pair_s: of each pair of a prompt token and a token before it that it attends to.
+        decode_seq_s: of each request that gets one token.
+        decode_context_s: of each token that such a request attends to.
+        request_s: between the client and the queue, there and back; no part of a step.
+    """
+
+    step_s: float = 1.1e-3
+    prefill_token_s: float = 58e-6
+    prefill_pair_s: float = 10e-9
+    decode_seq_s: float = 90e-6
+    decode_context_s: float = 0.5e-6
+    request_s: float = 3e-3
+
+    def times(self, factor: float) -> Physics:
+        """An engine that takes so many times as long."""
+        return Physics(*(factor * seconds for seconds in astuple(self)))
+
+    def step(self, singles: int, context: int, tokens: int, pairs: float) -> float:
+        """Seconds of a step with `singles` requests that get one token each, attending to `context` tokens together,
+        and `tokens` prompt tokens with so many `pairs`."""
+        return (
+            self.step_s
+            + self.prefill_token_s * tokens
+            + self.prefill_pair_s * pairs
+            + self.decode_seq_s * singles
+            + self.decode_context_s * context
+        )
+
+    def run(self, singles: int, context: int, steps: int) -> float:
+        """Seconds of so many steps that only decode; each adds a token to every context."""
+        first = self.step(singles, context, 0, 0)
+        return steps * first + self.decode_context_s * singles * steps * (steps - 1) / 2
+
+    def steps_until(self, singles: int, context: int, seconds: float) -> int:
+        """The fewest such steps, one at least, that take as long as this."""
+        first = self.step(singles, context, 0, 0)
+        growth = self.decode_context_s * singles / 2
+        if growth > 0:
+            slope = first - growth
+            steps = math.ceil((math.sqrt(slope * slope + 4 * growth * seconds) - slope) / (2 * growth))
+        else:
+            steps = math.ceil(seconds / first)
+        steps = max(1, steps)
+        while steps > 1 and self.run(singles, context, steps - 1) >= seconds:
+            steps -= 1
+        while self.run(singles, context, steps) < seconds:
+            steps += 1
+        return steps
+
+
+class Sequence:
+    """A request in an engine. `hashes`: a name for the content of each full block, of the prompt and the answer."""
+
+    __slots__ = ("blocks", "cached", "computed", "decoding", "ends_at", "hashes", "index", "number", "output",
+                 "preemptions", "prompt", "published", "tokens")  # fmt: skip
+
+    def __init__(self, index: int, prompt: int, output: int, hashes: list[int]) -> None:
+        self.index, self.prompt, self.output, self.hashes = index, prompt, output, hashes
+        self.number = 0
+        self.tokens = prompt  # known: the prompt's and what was generated
+        self.computed = 0  # of them with keys and values; while it decodes, less the step at which it began to
+        self.cached = self.preemptions = self.published = 0
+        self.decoding = False
+        self.ends_at = 0  # while it decodes: after so many steps of the engine
+        self.blocks: list[int] = []
+
+
+class Engine:
+    """
+    Args:
+        on_first: called with a request's index and the time of its first token.
+        on_finish: the same for its last.
+
+    Attributes:
+        wake_s: when something is decided next: call `fire` then.
+    """
+
+    def __init__(
+        self,
+        physics: Physics,
+        config: Config,
+        on_first: Callable[[int, float], None],
+        on_finish: Callable[[int, float], None],
+    ) -> None:
+        assert config.num_blocks is not None
+        self.physics, self.config = physics, config
+        self.on_first, self.on_finish = on_first, on_finish
+        self.pool = BlockPool(config.num_blocks, config.block_size, caching=config.enable_prefix_caching)
+        self.size = config.block_size
+        self.waiting: list[Sequence] = []  # all three by number
+        self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []  # those of `running` that do not decode
+        self.wake_s = IDLE
+        self.num_preemptions = self.prefix_queries = self.prefix_hits = self.steps = 0
+        self.busy_s = 0.0
+        self._number = 0
+        # The requests that decode, as sums over them. At step k each computes its token number k + computed.
+        self._decoding = self._computed = 0
+        self._crossing = [0] * self.size  # how many take a block at the steps of this remainder
+        self._pushed = 0
+        self._spare: list[int] = []  # blocks taken for them and not yet in their tables
+        self._ends: list[tuple[int, int, Sequence]] = []  # a heap by step; those preempted since are still in it
+        # What goes on until wake_s: so many steps that only decode, or one step with other shares too.
+        self._began_s = 0.0
+        self._planned = 0
+        self._shares: list[tuple[Sequence, int]] = []
+        self._admitted: list[Sequence] = []
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def decoding(self) -> Iterator[tuple[int, int]]:
+        """(tokens still to come, tokens of context) of each running request that decodes."""
+        for sequence in self.running:
+            if sequence.decoding:
+                yield sequence.ends_at - self.steps, sequence.computed + self.steps
+
+    # ------------------------------------------------------------ from outside
+
+    def submit(self, sequence: Sequence, now_s: float) -> None:
+        """A request comes in. All that happens before now_s must have been fired."""
+        if sequence.prompt + sequence.output > self.config.num_blocks * self.size:
+            raise ValueError(f"a cache of {self.config.num_blocks} blocks does not hold request {sequence.index}")
+        self._number += 1
+        sequence.number = self._number
+        self.waiting.append(sequence)
+        if self.wake_s == IDLE:
+            self._plan(now_s)
+        elif self._planned > 1 and len(self.waiting) == 1 and len(self.running) < self.config.max_num_seqs:
+            # It is looked at when the step that now runs is over. (Behind others that wait it would change nothing.)
+            elapsed_s, context = now_s - self._began_s, self._context()
+            if (steps := self.physics.steps_until(self._decoding, context, elapsed_s)) < self._planned:
+                self._planned = steps
+                self.wake_s = self._began_s + self.physics.run(self._decoding, context, steps)
+
+    def fire(self) -> None:
+        """What was planned is over, at wake_s."""
+        now_s = self.wake_s
+        self.busy_s += now_s - self._began_s
+        steps = self._planned or 1
+        self._take_spare(self.steps + 1, self.steps + steps)  # for the first step they were taken when it was planned
+        self.steps += steps
+        ended = self._end_shares(now_s)
+        while self._ends and self._ends[0][0] <= self.steps:
+            sequence = heapq.heappop(self._ends)[-1]
+            if sequence.decoding and sequence.ends_at <= self.steps:
+                self._settle(sequence)
+                ended.append(sequence)
+        ended.sort(key=_number)
+        for sequence in [*ended, *self._admitted]:  # the order in which blocks become free is that of the shares
+            if sequence.tokens == sequence.prompt + sequence.output and sequence.blocks:
+                self._finish(sequence, now_s)
+        self._plan(now_s)
+
+    # ------------------------------------------------------------ a step begins
+
+    def _plan(self, now_s: float) -> None:
+        """Decide on the next steps."""
+        self._began_s, self._planned, self._shares, self._admitted = now_s, 0, [], []
+        preempted, budget = self._share_out()
+        decoding, context = self._decoding, self._context()
+        while self.waiting and not preempted and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            found = self.pool.match(sequence.hashes[: (sequence.tokens - 1) // self.size]) if self.pool.caching else []
+            cached = len(found) * self.size
+            count = self._count(sequence.tokens - cached, budget)
+            if not count:
+                break
+            self.pool.share(found)
+            sequence.blocks, sequence.computed, sequence.published = found, cached, len(found)
+            if not self._reserve(sequence, count):
+                self._give_up_blocks(sequence)
+                break
+            if sequence.preemptions == 0:
+                sequence.cached = cached
+                self.prefix_queries += sequence.prompt
+                self.prefix_hits += cached
+            del self.waiting[0]
+            bisect.insort(self.running, sequence, key=_number)
+            bisect.insort(self.prefilling, sequence, key=_number)
+            self._shares.append((sequence, count))
+            self._admitted.append(sequence)
+            budget -= count
+        if self._shares:
+            self._start_step(decoding, context)
+        elif self._decoding:
+            self._start_run(context)
+        elif preempted:
+            self._plan(now_s)  # the only one that ran was preempted, and nothing was computed
+        else:
+            self.wake_s = IDLE
+
+    def _share_out(self) -> tuple[bool, int]:
+        """Tokens and blocks for those that run: whether one was preempted, and what is left of the budget."""
+        budget = self.config.max_num_batched_tokens - len(self.running)  # a token for each is set aside
+        needed = self._crossing[self.steps % self.size]
+        for sequence in self.prefilling:
+            count = self._count(sequence.tokens - sequence.computed, budget + 1)
+            budget -= count - 1
+            needed += -(-(sequence.computed + count) // self.size) - len(sequence.blocks)
+            self._shares.append((sequence, count))
+        if needed > self.pool.num_free:
+            return self._share_out_one_by_one()
+        self._take_spare(self.steps, self.steps + 1)
+        for sequence, count in self._shares:
+            self._reserve(sequence, count)
+        return False, budget
+
+    def _share_out_one_by_one(self) -> tuple[bool, int]:
+        """The same where blocks run out: who is served last gives its own up."""
+        self._shares = []
+        for sequence in self.running:
+            if sequence.decoding:
+                self._settle(sequence)
+        self.prefilling = list(self.running)
+        budget, preempted = self.config.max_num_batched_tokens, False
+        for index, sequence in enumerate(self.prefilling[:]):
+            if not sequence.blocks:
+                break  # it and those after it were preempted
+            still_to_come = len(self.running) - 1 - index
+            count = self._count(sequence.tokens - sequence.computed, budget - still_to_come)
+            while count and not self._reserve(sequence, count):
+                victim = self.running[-1]
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    count = 0
+            if count:
+                self._shares.append((sequence, count))
+                budget -= count
+        return preempted, budget
+
+    def _start_step(self, singles: int, context: int) -> None:
+        tokens, pairs = 0, 0.0
+        for sequence, count in self._shares:
+            if count == 1:
+                singles += 1
+                context += sequence.computed + 1
+            else:
+                tokens += count
+                pairs += count * (sequence.computed + (count + 1) / 2)
+        self.wake_s = self._began_s + self.physics.step(singles, context, tokens, pairs)
+
+    def _start_run(self, context: int) -> None:
+        """Steps without a decision: until the first request ends, or blocks may be short."""
+        while not self._ends[0][-1].decoding or self._ends[0][-1].ends_at != self._ends[0][0]:
+            heapq.heappop(self._ends)
+        steps, free = self._ends[0][0] - self.steps, self.pool.num_free
+        if self._needed(self.steps + 1, self.steps + steps) > free:
+            fit = 1  # the first has its blocks
+            while steps - fit > 1:
+                middle = (fit + steps) // 2
+                fit, steps = (
+                    (middle, steps) if self._needed(self.steps + 1, self.steps + middle) <= free else (fit, middle)
+                )
+            steps = fit
+        self._planned = steps
+        self.wake_s = self._began_s + self.physics.run(self._decoding, context, steps)
+
+    # ------------------------------------------------------------ a step ends
+
+    def _end_shares(self, now_s: float) -> list[Sequence]:
+        """Those that ran before, and are at their end."""
+        ended = []
+        for sequence, count in self._shares:
+            sequence.computed += count
+            self._publish(sequence)
+        for sequence, _ in self._shares:
+            if sequence.computed == sequence.tokens:
+                if sequence.tokens == sequence.prompt:
+                    self.on_first(sequence.index, now_s)
+                sequence.tokens += 1
+                if sequence.tokens < sequence.prompt + sequence.output:
+                    self._decode(sequence)
+                elif sequence not in self._admitted:
+                    ended.append(sequence)
+        return ended
+
+    def _decode(self, sequence: Sequence) -> None:
+        """It generates from the next step on."""
+        self.prefilling.remove(sequence)
+        sequence.decoding = True
+        sequence.ends_at = self.steps + sequence.prompt + sequence.output - sequence.tokens
+        sequence.computed -= self.steps
+        self._decoding += 1
+        self._computed += sequence.computed
+        self._crossing[-sequence.computed % self.size] += 1
+        self._pushed += 1
+        heapq.heappush(self._ends, (sequence.ends_at, self._pushed, sequence))
+
+    def _settle(self, sequence: Sequence) -> None:
+        """It decodes no more: what it computed meanwhile is written down."""
+        self._decoding -= 1
+        self._computed -= sequence.computed
+        self._crossing[-sequence.computed % self.size] -= 1
+        sequence.decoding = False
+        sequence.computed += self.steps
+        sequence.tokens = sequence.computed + 1
+        lacking = -(-sequence.computed // self.size) - len(sequence.blocks)
+        if lacking > 0:
+            sequence.blocks += self._spare[-lacking:]
+            del self._spare[-lacking:]
+        self._publish(sequence)
+
+    def _finish(self, sequence: Sequence, now_s: float) -> None:
+        self.running.remove(sequence)
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        self._give_up_blocks(sequence)
+        self.on_finish(sequence.index, now_s)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.prefilling.remove(sequence)
+        self._give_up_blocks(sequence)
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        bisect.insort(self.waiting, sequence, key=_number)
+
+    # ------------------------------------------------------------ blocks
+
+    def _context(self) -> int:
+        """Tokens that those that decode attend to at the next step."""
+        return self._computed + self._decoding * (self.steps + 1)
+
+    def _needed(self, first: int, end: int) -> int:
+        """Blocks that those that decode take from step `first` on, before step `end`."""
+        rounds, rest = divmod(end - first, self.size)
+        needed = rounds * self._decoding
+        for step in range(first, first + rest):
+            needed += self._crossing[step % self.size]
+        return needed
+
+    def _take_spare(self, first: int, end: int) -> None:
+        if self._decoding and (needed := self._needed(first, end)):
+            self._spare += self.pool.allocate(needed)
+
+    def _count(self, pending: int, budget: int) -> int:
+        if pending > budget and not self.config.enable_chunked_prefill:
+            return 0
+        return min(pending, budget)
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        needed = -(-(sequence.computed + count) // self.size) - len(sequence.blocks)
+        if needed > self.pool.num_free:
+            return False
+        if needed > 0:
+            sequence.blocks += self.pool.allocate(needed)
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        if self.pool.caching:
+            full = sequence.computed // self.size
+            for index in range(sequence.published, full):
+                self.pool.publish(sequence.blocks[index], sequence.hashes[index])
+            sequence.published = full
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+
+    def check(self) -> None:
+        """What must hold between two events.
+
+        Raises:
+            AssertionError: what does not.
+        """
+        self.pool.check([*(sequence.blocks for sequence in self.running), self._spare])
+        assert self._decoding == sum(sequence.decoding for sequence in self.running)
+        assert len(self.running) <= self.config.max_num_seqs
+        assert [s for s in self.running if not s.decoding] == self.prefilling
+        assert not any(sequence.blocks for sequence in self.waiting)
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number
