@@ -10,7 +10,7 @@ import sys
 import types
 
 KERNELS = {"sgl_kernel"}  # every function of theirs is for a GPU
-PACKAGES = KERNELS | {"triton", "torchvision", "torchaudio", "numba", "soundfile", "tvm_ffi"}
+PACKAGES = KERNELS | {"triton", "torchvision", "torchaudio", "numba", "soundfile"}
 
 
 class _Any(type):
@@ -31,11 +31,13 @@ class Anything(metaclass=_Any):
     """Whatever is asked of it: a module's function, a class, a constant."""
 
 
-def missing(package, name):
-    def kernel(*args, **options):
-        raise RuntimeError(f"{package}.{name} is a GPU kernel, and this is SGLang's CPU environment")
+class _Kernel(_Any):
+    def __call__(cls, *args, **options):
+        raise RuntimeError("a GPU kernel of sgl_kernel was called, and this is SGLang's CPU environment")
 
-    return kernel
+
+class Kernel(metaclass=_Kernel):
+    """The same of a package whose functions are kernels."""
 
 
 class StandIn(types.ModuleType):
@@ -45,8 +47,7 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        package = self.__name__.partition(".")[0]
-        return missing(package, name) if package in KERNELS else Anything
+        return Kernel if self.__name__.partition(".")[0] in KERNELS else Anything
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

