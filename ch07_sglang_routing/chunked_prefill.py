@@ -1,8 +1,8 @@
 """Chunked prefill in SGLang: a long prompt beside running answers, whole, in chunks, and in chunks mixed with decode.
 
 You learn   that cutting a long prompt is not enough: SGLang lets prefill go first, so the chunks follow each other and
-            the running answers wait as before; --enable-mixed-chunk puts their next tokens into each chunk's batch. With
-            prompts of 100,000 tokens, as DeepSeek's long contexts are, that is seconds of silence or none
+            the running answers wait as before; --enable-mixed-chunk puts their next tokens into each chunk's batch.
+            With prompts of 100,000 tokens, as DeepSeek's contexts allow, that is seconds of silence or none
 Laptop      python -m ch07_sglang_routing.chunked_prefill
 GPU node    python -m ch07_sglang_routing.chunked_prefill --model 1b --long-prompt 3900 --chunk 512
 Cluster     the same options in configs/*.yaml (DeepSeek-V3: chunks of 4096 and more, --enable-dp-attention)
@@ -48,9 +48,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--long-prompt", type=script.at_least(2), default=3800)
     parser.add_argument("--chunk", type=script.at_least(1), default=256)
     parser.add_argument("--running", type=script.at_least(1), default=4, help="short requests that decode meanwhile")
-    parser.add_argument("--tokens", type=script.at_least(4), default=60, help="of each of them, once the long one comes")
+    parser.add_argument(
+        "--tokens", type=script.at_least(4), default=60, help="of each of them, once the long one comes"
+    )
     parser.add_argument("--rounds", type=script.at_least(1), default=3)
-    parser.add_argument("--settings", type=script.comma_list(str), default=list(settings(1)), help="of: whole,chunks,mixed")
+    parser.add_argument(
+        "--settings", type=script.comma_list(str), default=list(settings(1)), help="of: whole,chunks,mixed"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.settings) - set(settings(1)):
         raise script.UserError(f"no setting {sorted(unknown)[0]!r}; take of {','.join(settings(1))}")

@@ -7,8 +7,8 @@ GPU node    python -m ch07_sglang_routing.mla --preset deepseek-v2 --context 327
 Cluster     nothing to do there: the cache of a token lies on one device, or a copy of it on each tensor parallel rank
 You see     bytes a token by formula and as the tensors have them; equal outputs in float64; the time of a decode step
 
-After DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1, with its decoupled rotary part: each head's key is a part made from
-the latent vector, and one that carries the position and that all heads share.
+After DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1, with its decoupled rotary part: each head's key is a part made
+from the latent vector, and one that carries the position and that all heads share.
 
 Tensors: b sequences, t positions, h heads, n size of a head's key without position, p with position (rotated), v of its
 value, r of the latent vector, d hidden size.
@@ -69,7 +69,10 @@ class LatentAttention:
         self.sizes, self.scale = s, (s.nope + s.rope) ** -0.5
         self.query_hnd, self.query_hpd = weight(s.heads, s.nope, s.hidden), weight(s.heads, s.rope, s.hidden)
         self.down_rd, self.key_pd = weight(s.latent, s.hidden), weight(s.rope, s.hidden)  # into the cache
-        self.key_hnr, self.value_hvr = weight(s.heads, s.nope, s.latent), weight(s.heads, s.value, s.latent)  # out of it
+        self.key_hnr, self.value_hvr = (
+            weight(s.heads, s.nope, s.latent),
+            weight(s.heads, s.value, s.latent),
+        )  # out of it
         self.out_dhv = weight(s.hidden, s.heads * s.value).view(s.hidden, s.heads, s.value)
 
     def latent_cache(self, x_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +102,8 @@ class LatentAttention:
     def attend_latent(self, x_bd: torch.Tensor, latent_btr: torch.Tensor, key_btp: torch.Tensor) -> torch.Tensor:
         """The same from the latent cache, nothing unpacked. [b, d]
 
-        query . (K c) = (K^T query) . c, so K goes into the query; sum_t p_t (V c_t) = V (sum_t p_t c_t), so V comes last.
+        query . (K c) = (K^T query) . c, so K goes into the query; sum_t p_t (V c_t) = V (sum_t p_t c_t), so V comes
+        last.
         """
         query_bhn, query_bhp = self.queries(x_bd, latent_btr.shape[1] - 1)
         query_bhr = torch.einsum("bhn,hnr->bhr", query_bhn, self.key_hnr)  # absorbed
@@ -120,7 +124,7 @@ def rotate(x: torch.Tensor, positions_t: torch.Tensor) -> torch.Tensor:
 
 
 def flops_over_bytes(sizes: Sizes, latent: bool, element_bytes: int) -> float:
-    """Arithmetic of attention for each byte of cache that it reads: 2 FLOPs an element of query . key and of p . value."""
+    """Arithmetic of attention for each byte of cache it reads: 2 FLOPs an element of query . key and of p . value."""
     s = sizes
     flops = 2 * s.heads * (2 * s.latent + s.rope if latent else s.nope + s.rope + s.value)
     return flops / ((s.latent_elements() if latent else s.full_elements()) * element_bytes)
@@ -156,7 +160,9 @@ def main(argv: list[str] | None = None) -> dict:
     latent = layer.latent_cache(x_btd)
     full = layer.full_cache(*latent)
     tokens = args.batch * args.context
-    held = {name: sum(a.untyped_storage().nbytes() for a in cache) for name, cache in (("full", full), ("latent", latent))}
+    held = {
+        name: sum(a.untyped_storage().nbytes() for a in cache) for name, cache in (("full", full), ("latent", latent))
+    }
     new_bd = x_btd[:, -1]
     ms = median_ms(
         {"full": lambda: layer.attend_full(new_bd, *full), "latent": lambda: layer.attend_latent(new_bd, *latent)},

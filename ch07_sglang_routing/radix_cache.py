@@ -122,11 +122,13 @@ def main(argv: list[str] | None = None) -> dict:
     found: dict[str, Any] = {"requests": args.requests, "prefix": args.prefix}
     for name, seen in workloads.items():
         rate, later = sum(seen.cached) / sum(seen.prompt), statistics.median(seen.ttft_ms[1:])
-        print(
-            f"{name:16}{sum(seen.prompt):14}{sum(seen.cached):9}{sum(seen.expected):12}{rate:10.1%}{later:19.1f} ms"
-        )
+        print(f"{name:16}{sum(seen.prompt):14}{sum(seen.cached):9}{sum(seen.expected):12}{rate:10.1%}{later:19.1f} ms")
         key = name.replace(" ", "_")
-        found |= {f"{key}_hit_rate": rate, f"{key}_ttft_ms_p50": later, f"{key}_as_expected": seen.cached == seen.expected}
+        found |= {
+            f"{key}_hit_rate": rate,
+            f"{key}_ttft_ms_p50": later,
+            f"{key}_as_expected": seen.cached == seen.expected,
+        }
     found["ttft_times"] = found["nothing_shared_ttft_ms_p50"] / found["shared_prefix_ttft_ms_p50"]
     own = sum(sum(seen.cached) for seen in workloads.values())
     found["metrics_agree"] = counted[HIT] == own

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ch02_hardware_parallelism.virtual_hosts import described
-from ch06_vllm.servers import ADVICE, ENGINES, HOST, Engine, cores_of_ranks, exports, flags, own_cores, program
+from ch06_vllm.servers import ADVICE, ENGINES, HOST, Engine, cores_of_ranks, flags, own_cores, program
 from common.bootstrap import gpus_visible
 
-# What it needs on any machine without a GPU. The cache takes max-total-tokens, and mem-fraction-static is only a ceiling:
-# SGLang measures free memory twice while it loads, and other processes count.
+# What it needs on any machine without a GPU. The cache takes max-total-tokens, and mem-fraction-static is only a
+# ceiling: SGLang measures free memory twice while it loads, and other processes count.
 LAPTOP: dict[str, Any] = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -35,7 +35,10 @@ parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
 """
 SGLANG_ADVICE = [
-    (r"[Nn]ot enough memory|out of memory", "raise mem-fraction-static, lower max-total-tokens, or free memory"),
+    (
+        r"[Nn]ot enough memory|out of memory|no GPU memory for the KV cache",
+        "raise mem-fraction-static, lower max-total-tokens, or free memory",
+    ),
     (r"divisible|divided", "take a tp-size that divides the model's heads"),
     (r"context.length|context_len", "lower context-length"),
     *ADVICE,

