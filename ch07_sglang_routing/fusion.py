@@ -1,7 +1,7 @@
 """Operator fusion: residual, norm and projection as six operators, as two, and with the norm's weight folded away.
 
 You learn   why an engine fuses: an operator by itself reads and writes its whole tensor, and between two products of
-            matrices that traffic, not arithmetic, is the time; what can be fused exactly, and what a folded weight costs nothing
+            matrices that traffic, not arithmetic, is the time; and which fusions are exact
 Laptop      python -m ch07_sglang_routing.fusion
             python -m ch07_sglang_routing.fusion --compile          (torch.compile too: it takes half a minute)
 GPU node    python -m ch07_sglang_routing.fusion --compile --hidden 4096 --outputs 6144 --tokens 8192

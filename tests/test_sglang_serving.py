@@ -86,7 +86,7 @@ def test_sglangs_own_parser_takes_every_config(config: Path) -> None:
     ("text", "said"),
     [
         ("model: x\ntp-sise: 2", "SGLang has no option tp-sise; did you mean tp-size"),
-        ("model: x\ncontext-length: long", "context-length is 'long'; it must be a whole number"),
+        ("model: x\ntp-size: two", "tp-size is 'two'; it must be a whole number"),
         ("model: x\nenable-metrics: 1", "enable-metrics is 1; it must be true or false"),
         ("model: x\ndisaggregation-mode: both", "disaggregation-mode is 'both'; it is one of null, prefill, decode"),
     ],
