@@ -36,5 +36,4 @@ def main() -> None:
     print("READ " + json.dumps({"generations": rows, "text": state.text()}))
 
 
-if __name__ == "__main__":
-    main()
+main()

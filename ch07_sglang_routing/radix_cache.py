@@ -24,6 +24,7 @@ from ch07_sglang_routing import running
 from common import script
 
 UNIQUE = 16  # tokens of a prompt that no other has
+WARM = "warm-up"
 HIT, ASKED = "sglang:cached_tokens_total", "sglang:prompt_tokens_total"
 
 
@@ -96,9 +97,9 @@ def distinct(ids: np.ndarray, count: int, rng: np.random.Generator) -> list[list
 
 
 async def measure(url: str, model: str, args: Any) -> dict[str, Seen]:
-    rng, ids, found = np.random.default_rng(args.seed), running.ids(args), {}
+    rng, ids, found = np.random.default_rng(args.seed), running.ids(args), {WARM: Seen()}
     async with Client(url, concurrency=1, retry=Retry(attempts=1)) as client:
-        await ask(client, model, rng.choice(ids, args.prefix).tolist(), 4, Seen(), 0)  # warms up
+        await ask(client, model, rng.choice(ids, args.prefix).tolist(), 4, found[WARM], 0)
         for name, workload in WORKLOADS.items():
             running.flush(url)
             found[name] = await workload(client, model, ids, args, rng)
@@ -117,6 +118,8 @@ def main(argv: list[str] | None = None) -> dict:
         workloads = asyncio.run(measure(url, model, args))
         after = scrape(url)
     counted = {name: after[name] - before.values.get(name, 0.0) for name in (ASKED, HIT)}
+    asked, own = (sum(sum(getattr(seen, what)) for seen in workloads.values()) for what in ("prompt", "cached"))
+    del workloads[WARM]
 
     print(f"{'':16}{'prompt tokens':>14}{'found':>9}{'by formula':>12}{'hit rate':>10}{'TTFT p50 of the rest':>22}")
     found: dict[str, Any] = {"requests": args.requests, "prefix": args.prefix}
@@ -130,9 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
             f"{key}_as_expected": seen.cached == seen.expected,
         }
     found["ttft_times"] = found["nothing_shared_ttft_ms_p50"] / found["shared_prefix_ttft_ms_p50"]
-    own = sum(sum(seen.cached) for seen in workloads.values())
-    found["metrics_agree"] = counted[HIT] == own
-    return found
+    return found | {"metrics_agree": counted == {ASKED: asked, HIT: own}}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import re
 import socket
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -190,19 +192,19 @@ def test_a_client_that_leaves_frees_its_slot(client: openai.OpenAI, sglang_serve
 
 
 def in_flight(url: str) -> int:
-    with openai.httpx.Client(timeout=60) as http:
-        return sum(load["num_running_reqs"] for load in http.get(f"{url}/v1/loads").json()["loads"])
+    with urllib.request.urlopen(f"{url}/v1/loads", timeout=60) as answer:
+        return sum(load["num_running_reqs"] for load in json.load(answer)["loads"])
 
 
 def decoded(url: str) -> float:
-    with openai.httpx.Client(timeout=60) as http:
-        lines = http.get(f"{url}/metrics").text.splitlines()
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
     return sum(
         float(line.split()[-1]) for line in lines if "realtime_tokens_total{" in line and 'mode="decode"' in line
     )
 
 
-def wait_until(true, what: str, timeout_s: float = 60) -> None:
+def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"

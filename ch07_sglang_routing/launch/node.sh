@@ -4,5 +4,5 @@
 : "${MASTER_ADDR:?address of node 0? set it}" "${1:?which model? name it first}"
 # shellcheck disable=SC1091
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
-variables=$(python -c 'import ch07_sglang_routing.sglang_engine as engine; engine.exports("sglang")')
+variables=$(python -c 'import ch07_sglang_routing.sglang_engine; from ch06_vllm.servers import exports; exports("sglang")')
 eval "$variables"
