@@ -19,7 +19,7 @@ from ch06_vllm import options, servers
 from ch06_vllm.scrape import scrape
 from ch06_vllm.serve_vllm import post
 from ch06_vllm.servers import Server
-from ch07_sglang_routing import frontend, radix_cache, serve_sglang, sglang_engine, structured
+from ch07_sglang_routing import frontend, prefill_decode, radix_cache, serve_sglang, sglang_engine, structured
 from common import bootstrap, exercises, lm, process
 from common.script import UserError
 
@@ -310,3 +310,8 @@ def test_the_launch_script_says_what_it_lacks(env: dict[str, str], said: str) ->
     done = process.run(["bash", "ch07_sglang_routing/launch/multi_node.sh"], timeout_s=30, env=env)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_prefill_and_decode_apart_say_what_they_need() -> None:
+    with pytest.raises(UserError, match="needs a GPU's driver; run this where there are two GPUs"):
+        prefill_decode.main(["--device", "cpu"])
