@@ -48,6 +48,8 @@ SGLANG_ADVICE = [
 def environment(ranks: int) -> dict[str, str]:
     """Variables for so many ranks on this host: its programs first on PATH, and on a CPU the cores of each rank."""
     found = {"PATH": f"{program('sglang', 'python').parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    if described() is not None:  # its hosts share /dev/shm, by which SGLang takes them for one and listens on loopback
+        found["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if gpus_visible():
         return found
     found |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than what it saves
