@@ -95,8 +95,8 @@ class LatentAttention:
     def attend_full(self, x_bd: torch.Tensor, keys: torch.Tensor, values_bhtv: torch.Tensor) -> torch.Tensor:
         """Multi-head attention over full keys and values: the reference. [b, d]"""
         query = torch.cat(self.queries(x_bd, keys.shape[2] - 1), dim=-1)
-        score_bht = torch.einsum("bhk,bhtk->bht", query, keys) * self.scale
-        head_bhv = torch.einsum("bht,bhtv->bhv", score_bht.softmax(dim=-1), values_bhtv)
+        score_bh1t = query.unsqueeze(2) @ keys.transpose(2, 3) * self.scale
+        head_bhv = (score_bh1t.softmax(dim=-1) @ values_bhtv).squeeze(2)
         return torch.einsum("bhv,dhv->bd", head_bhv, self.out_dhv)
 
     def attend_latent(self, x_bd: torch.Tensor, latent_btr: torch.Tensor, key_btp: torch.Tensor) -> torch.Tensor:
