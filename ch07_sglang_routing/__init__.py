@@ -1,0 +1,1 @@
+"""SGLang, routing over several engines, and serving on CPUs."""
