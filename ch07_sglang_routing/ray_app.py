@@ -1,6 +1,6 @@
 """The Ray Serve application: replicas of chapter 6's engine behind Serve's proxy, as many as the queue asks for.
 
-    serve run ch07_sglang_routing.ray_app:build model=nano          (on the Ray cluster that RAY_ADDRESS names, or alone)
+    serve run ch07_sglang_routing.ray_app:build model=nano          (on the cluster that RAY_ADDRESS names, or alone)
     serve deploy ch07_sglang_routing/configs/ray_serve.yaml         (the same on a cluster, by configuration)
 
 Each replica is a process with an engine of its own and answers what chapter 6's server answers: /v1/completions,

@@ -39,6 +39,7 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
     """
     os.environ.update(VARIABLES)
     import ray
+    from ray import serve  # noqa: F401 - it sets its logger's level
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
@@ -108,12 +109,13 @@ def state() -> str:
     return str(app.status.value)
 
 
-def replicas(counted: str = "RUNNING") -> int:
-    """How many of the application's replicas are in this state: STARTING, RUNNING, STOPPING, …"""
+def states() -> dict[str, int]:
+    """How many of the application's replicas are STARTING, RUNNING and STOPPING."""
     from ray import serve
 
     app = serve.status().applications.get(APP)
-    return app.deployments[DEPLOYMENT].replica_states.get(counted, 0) if app and DEPLOYMENT in app.deployments else 0
+    counts = app.deployments[DEPLOYMENT].replica_states if app and DEPLOYMENT in app.deployments else {}
+    return {name: counts.get(name, 0) for name in ("STARTING", "RUNNING", "STOPPING")}
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -122,14 +124,10 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None
     Raises:
         UserError: it does not in time; with the states of the replicas.
     """
-    from ray import serve
-
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            app = serve.status().applications.get(APP)
-            states = app.deployments[DEPLOYMENT].replica_states if app and DEPLOYMENT in app.deployments else {}
-            seen = ", ".join(f"{count} {getattr(name, 'value', name)}" for name, count in states.items()) or "none"
+            seen = ", ".join(f"{count} {name}" for name, count in states().items())
             raise UserError(
                 f"waited {timeout_s:g} s until {what}; replicas: {seen}. See whether the machine is busy, or has the "
                 "CPUs that they ask for"

@@ -92,7 +92,7 @@ async def change(client: Client, arguments: ray_local.Arguments, tokens: int) ->
     await asyncio.to_thread(ray_local.deploy, other, num_replicas=1, autoscaling_config=None)
     answers = await streams
     await asyncio.to_thread(
-        ray_local.wait_for, lambda: ray_local.replicas("STOPPING") == 0, PATIENCE_S, "the old replica has drained"
+        ray_local.wait_for, lambda: not ray_local.states().get("STOPPING"), PATIENCE_S, "the old replica has drained"
     )
     after = {process.pid for process in ray_local.processes()}
     return answers, bool(after) and not before & after
