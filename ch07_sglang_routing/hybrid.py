@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +32,9 @@ from ch06_vllm import load, servers
 from ch06_vllm.bench_serve import named_url
 from ch06_vllm.client import Client, RequestFailed, Retry
 from ch06_vllm.started import folder_of
-from ch07_sglang_routing import hybrid_drawn as drawn
+from ch07_sglang_routing import hybrid_report as report
 from ch07_sglang_routing import throttled, tiers
+from ch07_sglang_routing.hybrid_report import Done
 from ch07_sglang_routing.tiers import BATCH, INTERACTIVE, POLICIES, SHORT, Ask, Flight, Prediction, Probe, Replica
 from common import script
 from common.bootstrap import gpus_visible
@@ -58,24 +58,6 @@ class Planned:
     at_s: float
     ask: Ask
     request: load.Request
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of it. ttft_s and e2e_s count from sending, late_s is how much later than planned that was."""
-
-    kind: str
-    tier: str
-    replica: str
-    sent_s: float
-    late_s: float
-    ttft_s: float
-    e2e_s: float
-    predicted_ttft_s: float
-    predicted_e2e_s: float
-    tokens: int
-    within: bool
-    error: str = ""
 
 
 class Fleet:
@@ -105,19 +87,23 @@ class Fleet:
         ask = planned.ask
         sent_s = time.perf_counter() - began
         replica, predicted = policy(ask, self.replicas)
+        raw = tiers.predict(replica.speed, replica.flights, ask.prompt, ask.output)
         error, ttft_s, e2e_s = "", float("nan"), float("nan")
         try:
             ttft_s, e2e_s = await self.stream(replica, planned.request, Flight(ask.prompt, ask.output))
+            replica.drift.see(raw, ttft_s, e2e_s)
         except RequestFailed as failed:
             error = str(failed)
         late_s = sent_s - planned.at_s
         within = not error and Prediction(ttft_s + late_s, e2e_s + late_s).meets(ask)
         return Done(
-            ask.kind, replica.tier, replica.name, sent_s, late_s, ttft_s, e2e_s, predicted.ttft_s, predicted.e2e_s,
+            ask.kind, replica.tier, replica.name, sent_s, late_s, ttft_s, e2e_s, predicted, raw,
             0 if error else ask.prompt + ask.output, within, error,
         )  # fmt: skip
 
     async def replay(self, trace: Sequence[Planned], policy: tiers.Policy) -> list[Done]:
+        for replica in self.replicas:
+            replica.drift = tiers.Drift()
         began, tasks = time.perf_counter(), []
         async with asyncio.TaskGroup() as group:
             for planned in trace:
@@ -213,55 +199,6 @@ async def compare(
     return replicas, runs, trace
 
 
-# ---------------------------------------------------------------- figures
-
-
-def figures(runs: list[list[Done]], args: argparse.Namespace, replicas: Sequence[Replica]) -> dict:
-    """Of one policy, over all its rounds."""
-    every = [one for run in runs for one in run]
-    of = {kind: [one for one in every if one.kind == kind and not one.error] for kind in CLASSES}
-    usd_per_h = {"gpu": args.usd_per_h_gpu, "cpu": args.usd_per_h_cpu}
-    used = {one.tier for one in every}
-    rented = sum(usd_per_h[replica.tier] for replica in replicas if replica.tier in used)
-    tokens = sum(one.tokens for one in every)
-    length_s = sum(max(one.sent_s + one.e2e_s for one in run if not one.error) for run in runs)
-    busy_usd = 0.0
-    for run in runs:
-        for replica in replicas:
-            spans = [
-                (one.sent_s, one.sent_s + one.e2e_s) for one in run if one.replica == replica.name and not one.error
-            ]
-            busy_usd += usd_per_h[replica.tier] / 3600 * tiers.busy_s(spans)
-    ttft_ms = [1e3 * (one.ttft_s + one.late_s) for one in of[INTERACTIVE]]
-    return {
-        "answered": sum(not one.error for one in every), "failed": sum(bool(one.error) for one in every),
-        "interactive_within": float(np.mean([one.within for one in every if one.kind == INTERACTIVE])),
-        "interactive_ttft_ms_p50": float(np.median(ttft_ms)),
-        "interactive_ttft_ms_p99": float(np.percentile(ttft_ms, 99)),
-        "short_e2e_ms_p50": 1e3 * statistics.median(one.e2e_s for one in of[SHORT]),
-        "batch_e2e_s_p50": statistics.median(one.e2e_s for one in of[BATCH]),
-        "batch_within": float(np.mean([one.within for one in every if one.kind == BATCH])),
-        "gpu_share": float(np.mean([one.tier == "gpu" for one in every])),
-        "usd_per_mtok_rented": tiers.usd_per_mtok(rented, length_s, tokens),
-        "usd_per_mtok_busy": busy_usd / tokens * 1e6,
-    }  # fmt: skip
-
-
-def prediction_error(done: Sequence[Done]) -> dict:
-    """Predicted over measured: the median, which is the bias, and the median of how far it is off."""
-    found = {}
-    for name in ("ttft", "e2e"):
-        ratio = np.array(
-            [getattr(one, f"predicted_{name}_s") / getattr(one, f"{name}_s") for one in done if not one.error]
-        )
-        found |= {f"{name}_predicted_over_measured": float(np.median(ratio))}
-        found |= {
-            f"{name}_error_p50": float(np.median(np.abs(ratio - 1))),
-            f"{name}_error_p90": float(np.percentile(np.abs(ratio - 1), 90)),
-        }
-    return found
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     ids = load.usable_ids(folder_of(args.model))
@@ -272,22 +209,19 @@ def main(argv: list[str] | None = None) -> dict:
         for turn, done in enumerate(rounds):
             for one in done:
                 running.log(policy=name, round=turn, **asdict(one))
-    found = {name: figures(rounds, args, replicas) for name, rounds in runs.items()}
-    print(drawn.table(found))
-    within = {
-        name: np.mean([[one.within for one in done if one.kind == INTERACTIVE] for done in rounds], axis=0)
-        for name, rounds in runs.items()
-    }
+    usd_per_h = {"gpu": args.usd_per_h_gpu, "cpu": args.usd_per_h_cpu}
+    found = {name: report.figures(rounds, usd_per_h, replicas) for name, rounds in runs.items()}
+    print(report.table(found))
+    within = {name: np.mean([[one.within for one in done] for done in rounds], axis=0) for name, rounds in runs.items()}
     gain, low, high = tiers.paired(within["by-class"], within["spill"])
-    print(
-        f"spill-over, interactive within their TTFT: {gain:+.1%} ({low:+.1%} to {high:+.1%}) over by-class, same requests"
-    )
+    print(f"spill-over: {gain:+.1%} ({low:+.1%} to {high:+.1%}) of all requests within their objective, over by-class")
     every = [one for rounds in runs.values() for done in rounds for one in done]
-    error = prediction_error(every)
+    error = report.prediction_error(every)
     print(
-        f"predicted / measured E2E: {error['e2e_predicted_over_measured']:.2f}, off by {error['e2e_error_p50']:.0%} in the median"
+        f"E2E predicted / measured: {error['e2e_raw_over_measured']:.2f} from what is in flight, "
+        f"{error['e2e_over_measured']:.2f} corrected by the last answers; off by {error['e2e_error_p50']:.0%}"
     )
-    drawn.draw(running.path("hybrid.png"), found, every)
+    report.draw(running.path("hybrid.png"), found, every)
     return {
         "requests": len(trace), "rounds": args.rounds, "trace_s": trace[-1].at_s, "policies": found,
         "answered": sum(each["answered"] for each in found.values()),

@@ -13,6 +13,7 @@ max_tokens, and where others use the same engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,25 @@ class Flight:
 
 
 @dataclass
+class Drift:
+    """Measured over predicted, of late: exp of a moving average of its logarithm (one in five weighs the newest).
+
+    The prediction knows what is in flight, not what comes after: a later prompt stalls this one's decoding. How much,
+    depends on the load, and the last answers tell. It fails when the load changes faster than answers end.
+    """
+
+    ttft: float = 0.0
+    e2e: float = 0.0
+
+    def see(self, predicted: Prediction, ttft_s: float, e2e_s: float) -> None:
+        self.ttft += 0.2 * (math.log(ttft_s / predicted.ttft_s) - self.ttft)
+        self.e2e += 0.2 * (math.log(e2e_s / predicted.e2e_s) - self.e2e)
+
+    def correct(self, predicted: Prediction) -> Prediction:
+        return Prediction(predicted.ttft_s * math.exp(self.ttft), predicted.e2e_s * math.exp(self.e2e))
+
+
+@dataclass
 class Replica:
     """What a policy knows of one: its tier, its speed, and what was sent there and has not ended, oldest first."""
 
@@ -50,6 +70,7 @@ class Replica:
     tier: str
     speed: Speed
     flights: list[Flight] = field(default_factory=list)
+    drift: Drift = field(default_factory=lambda: Drift())
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ def work_s(speed: Speed, ask: Ask, batch: int = 4) -> float:
 
 def soonest(ask: Ask, replicas: Sequence[Replica]) -> tuple[Replica, Prediction]:
     """argmin of the predicted end: the one that has the least to do for its speed."""
-    found = [(replica, predict(replica.speed, replica.flights, ask.prompt, ask.output)) for replica in replicas]
+    found = [(each, each.drift.correct(predict(each.speed, each.flights, ask.prompt, ask.output))) for each in replicas]
     return min(found, key=lambda pair: pair[1].e2e_s)
 
 
