@@ -11,7 +11,7 @@ Cluster     python -m ch07_sglang_routing.hybrid --model DIR --url gpu=http://no
 You see     four policies on one arrival trace: share of interactive requests within their TTFT, completion of batches,
             dollars; the difference that spill-over makes, with its interval; hybrid.png
 
-The load is set by calibration: --load 0.8 keeps the gpu tier busy for 80 % of the trace if it gets everything. The
+The load is set by calibration: --load 0.6 keeps the gpu tier busy for 60 % of the trace if it gets everything. The
 prices are an assumption, give your own: an H100 was rented for 2 to 5 dollars an hour in May 2026
 (mercatus-ai.com/blog/cloud-gpu-pricing), eight cores we take for 0.35. rented: a policy pays for the tiers that it
 uses, all the time. busy: it pays while a replica has something in flight, as where others use the rest.
@@ -235,10 +235,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--model", default="nano", help="a preset, or with --url the folder that the servers load")
     parser.add_argument("--cpu-replicas", type=script.at_least(1), default=2)
-    parser.add_argument("--throttle", type=script.positive, default=4.0, help="without a GPU: how much slower cpu is")
+    parser.add_argument("--throttle", type=script.positive, default=3.0, help="without a GPU: how much slower cpu is")
     parser.add_argument("--requests", type=script.at_least(12), default=96, help="of the trace")
     parser.add_argument("--rounds", type=script.at_least(1), default=1, help="of each policy")
-    parser.add_argument("--load", type=script.positive, default=0.8, help="of the gpu tier, if it gets everything")
+    parser.add_argument("--load", type=script.positive, default=0.6, help="of the gpu tier, if it gets everything")
     parser.add_argument("--ttft-ms", type=script.positive, help="objective of interactive requests (default: 4 x idle)")
     parser.add_argument("--usd-per-h-gpu", type=script.positive, default=2.5, help="of a replica: your price")
     parser.add_argument("--usd-per-h-cpu", type=script.positive, default=0.35, help="likewise")

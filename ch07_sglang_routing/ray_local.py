@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +32,14 @@ OBJECT_STORE_BYTES = 80 * 2**20  # near the least that Ray takes: requests and a
 def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
     """Ray on this host with ports and files of its own, ended with the block, and also when this process is killed.
 
-    `cpus` are what replicas may ask for, whether the machine has so many or not. `address`: a cluster that runs, as
-    HOST:6379 or auto; it is left as it is.
+    `cpus` are what replicas may ask for, whether the machine has so many or not. `address`: a cluster that runs,
+    HOST:6379; it is left as it is.
 
     Raises:
         UserError: there is no cluster at the address, or Ray does not start.
     """
+    if address:
+        check_address(address)
     os.environ.update(VARIABLES)
     import ray
     from ray import serve  # noqa: F401 - it sets its logger's level
@@ -52,12 +55,23 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
                 **({} if address else own),
             )  # fmt: skip
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            what = f"no Ray cluster answers at {address}" if address else "Ray does not start"
+            what = f"the Ray cluster at {address} cannot be used" if address else "Ray does not start"
             raise UserError(f"{what} ({' '.join(str(error).split())[:160]}); see what `ray status` says") from None
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raises UserError if nothing listens there: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}); give the head's HOST:6379, and start it with `ray start --head`"
+        ) from None
 
 
 @contextlib.contextmanager

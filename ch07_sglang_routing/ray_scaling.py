@@ -274,7 +274,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=script.at_least(1), default=40, help="in each stage, at least")
     parser.add_argument("--prompt-tokens", type=load.lengths, default="32-96", help="128, 64-256, lognormal:128,0.8")
     parser.add_argument("--output-tokens", type=load.lengths, default="32-96", help="likewise")
-    parser.add_argument("--address", help="of a Ray cluster that runs, HOST:6379 or auto; with --url")
+    parser.add_argument("--address", help="of a Ray cluster that runs, HOST:6379; with --url")
     parser.add_argument("--url", help="of the application there, http://HOST:8000")
     args = parser.parse_args(argv)
     if bool(args.address) != bool(args.url):
