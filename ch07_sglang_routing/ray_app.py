@@ -89,8 +89,8 @@ class Replica:
         await self.engine.stop()
 
 
-def build(args: Arguments, **options: Any) -> Application:
-    """What `serve run` and a Serve config import. `options`: of the deployment, beside those above.
+def application(args: Arguments, **options: Any) -> Application:
+    """`options`: of the deployment, beside those above.
 
     Raises:
         UserError: there is no such model, or no such setting.
@@ -102,3 +102,8 @@ def build(args: Arguments, **options: Any) -> Application:
     parse_args(["--model", folder, *flags(args.settings)])
     deployment: Any = Replica
     return deployment.options(**options).bind(args.model, args.settings)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """What `serve run` and a Serve config import: they pass a dictionary and take no second parameter."""
+    return application(Arguments(**args))

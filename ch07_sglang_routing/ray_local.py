@@ -70,7 +70,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address} ({error}); give the head's HOST:6379, and start it with `ray start --head`"
+            f"no Ray cluster answers at {address} ({error}); give the head's HOST:6379, started by `ray start --head`"
         ) from None
 
 
@@ -100,7 +100,7 @@ def deploy(arguments: Arguments, timeout_s: float = 300, **options: Any) -> None
 
     from ch07_sglang_routing import ray_app
 
-    app = ray_app.build(arguments, **options)
+    app = ray_app.application(arguments, **options)
     serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
     wait_for(lambda: state() == "RUNNING", timeout_s, "the application runs")
 

@@ -59,8 +59,7 @@ def test_the_config_is_one_by_serves_own_schema_and_fits_the_application() -> No
     assert getattr(sys.modules[module], builder) is ray_app.build
     assert [each.name for each in app.deployments] == [ray_app.Replica.name] == [ray_local.DEPLOYMENT]
     assert app.name == ray_local.APP
-    arguments = ray_app.Arguments(**app.args | {"model": "nano"})  # its own model would be made
-    assert ray_app.build(arguments)
+    assert ray_app.build(app.args | {"model": "nano"})  # its own model would be made
     AutoscalingConfig(**app.deployments[0].autoscaling_config)
     assert not unknown_fields(config())
     wrong = config()
@@ -82,7 +81,7 @@ def test_what_cannot_be_deployed_is_one_line_before_anything_starts(model: str, 
     from ch07_sglang_routing import ray_app
 
     with pytest.raises(UserError, match=said):
-        ray_app.build(ray_app.Arguments(model=model, settings=settings))
+        ray_app.build({"model": model, "settings": settings})
 
 
 def test_without_a_cluster_at_the_address_it_is_one_line() -> None:
