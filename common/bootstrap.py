@@ -22,7 +22,8 @@ from pathlib import Path
 UV_VERSION = "0.13.9"
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
-ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing"}  # where their pins are
+# Where their pins are. genai-bench is no engine, but wants an environment of its own like one.
+ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing", "genai-bench": "ch07_sglang_routing/genai"}
 
 
 def fail(message: str) -> None:
