@@ -7,7 +7,7 @@ CHAPTERS := $(notdir $(patsubst %/exercises.toml,%,$(wildcard ch*/exercises.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm setup-genai-bench system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
+.PHONY: help setup setup-vllm setup-sglang setup-genai-bench system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ setup:  ## make .venv from exact pins (CPU or CUDA torch by what is here); does 
 
 setup-vllm: setup  ## make vLLM's own environment in the cache folder (CUDA or CPU build by what is here; some GB)
 	@$(PYTHON) common/bootstrap.py vllm
+
+setup-sglang: setup  ## make SGLang's own environment there (CUDA build 11 GB, CPU build 1.5 GB)
+	@$(PYTHON) common/bootstrap.py sglang
 
 setup-genai-bench: setup  ## make genai-bench's own environment there (0.8 GB)
 	@$(PYTHON) common/bootstrap.py genai-bench

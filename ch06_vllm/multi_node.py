@@ -17,50 +17,56 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
 from ch06_vllm.serve_vllm import smoke
-from ch06_vllm.servers import (
-    LAPTOP,
-    LAPTOP_PIPELINE,
-    Server,
-    check_model,
-    vllm_environment,
-    vllm_program,
-)
+from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model
 from common import process, script
 from common.bootstrap import gpus_visible
 
-LAUNCH = Path("ch06_vllm/launch")
 PORT, LINE_PORT = 8000, 8001
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tensor": ("multi_node.sh", {"tensor-parallel-size": 2}),
-    "pipeline": ("multi_node.sh", {"pipeline-parallel-size": 2} | LAPTOP_PIPELINE),
-    "data": ("data_parallel.sh", {}),
-    "ray": ("ray_cluster.sh", {"tensor-parallel-size": 2}),
-}
-SMALL: dict[str, Any] = LAPTOP | {"kv-cache-memory-bytes": "256M", "max-model-len": 1024}
 REFUSED = "does not support ray"
 
 
-def head(form: str, model: str, tokens: int, timeout_s: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Form:
+    """A launch script that each host runs, the engine's options for it, and by how many the heads are divided."""
+
+    engine: str
+    launch: str
+    options: Mapping[str, Any]
+    tensor_parallel: int = 1
+
+
+SMALL: dict[str, Any] = LAPTOP | {"kv-cache-memory-bytes": "256M", "max-model-len": 1024}
+TENSOR = {"tensor-parallel-size": 2}
+FORMS = {
+    "tensor": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | TENSOR, 2),
+    "pipeline": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | {"pipeline-parallel-size": 2} | LAPTOP_PIPELINE),
+    "data": Form("vllm", "ch06_vllm/launch/data_parallel.sh", SMALL),
+    "ray": Form("vllm", "ch06_vllm/launch/ray_cluster.sh", SMALL | TENSOR, 2),
+}
+
+
+def head(name: str, form: Form, model: str, tokens: int, timeout_s: float) -> dict[str, Any]:
     """Host 0: start its share with the launch script, wait for the others through it, ask, stop."""
-    file, sizes = FORMS[form]
     nodes: list[int] = []
 
     def on_line(line: str) -> None:
         if match := re.fullmatch(r"ray: (\d+) nodes", line):
             nodes.append(int(match[1]))
 
-    wanted = SMALL | sizes | {"host": "0.0.0.0"}
+    wanted = {**form.options, "host": "0.0.0.0"}
     sent_before = virtual_cluster.nic_bytes()[0]
-    found: dict[str, Any] = {"form": form, "hosts": int(os.environ["NNODES"])}
+    found: dict[str, Any] = {"form": name, "hosts": int(os.environ["NNODES"])}
     try:
         with Server(
-            model, "vllm", wanted, port=PORT, timeout_s=timeout_s, launch=["bash", str(LAUNCH / file)], on_line=on_line
+            model, form.engine, wanted, port=PORT, timeout_s=timeout_s, launch=["bash", form.launch], on_line=on_line
         ) as server:
             loading = virtual_cluster.nic_bytes()[0]
             answer = smoke(server, tokens)
@@ -68,19 +74,18 @@ def head(form: str, model: str, tokens: int, timeout_s: float) -> dict[str, Any]
             found |= {"served": True, "start_s": server.start_s, **answer}
             found |= {"sent_bytes_to_start": loading - sent_before, "sent_bytes_per_token": sent / (2 * tokens)}
     except script.UserError as error:
-        if form != "ray" or REFUSED not in str(error) or not nodes:
+        if name != "ray" or REFUSED not in str(error) or not nodes:
             raise
         print(error, file=sys.stderr, flush=True)
         found |= {"served": False, "refused": REFUSED}
     return found | ({"ray_nodes": nodes[0]} if nodes else {})
 
 
-def follow(form: str, model: str, timeout_s: float) -> dict[str, Any]:
+def follow(form: Form, model: str, timeout_s: float) -> dict[str, Any]:
     """Another host: its share, as long as host 0 is there."""
-    file, sizes = FORMS[form]
-    words = [word for key, value in (SMALL | sizes).items() for word in (f"--{key}", str(value)) if word != "True"]
+    words = [word for key, value in form.options.items() for word in (f"--{key}", str(value)) if word != "True"]
     with (
-        process.Child(["bash", LAUNCH / file, model, *words], env=vllm_environment(1)) as child,
+        process.Child(["bash", form.launch, model, *words], env=ENGINES[form.engine].environment(1)) as child,
         meet(timeout_s) as line,
     ):
         line.settimeout(0.2)
@@ -110,30 +115,37 @@ def meet(timeout_s: float) -> socket.socket:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = script.parser(__doc__)
-    parser.add_argument("--form", choices=FORMS, default="tensor")
+    return over_hosts(argv, "ch06_vllm.multi_node", __doc__, FORMS)
+
+
+def over_hosts(argv: list[str] | None, module: str, doc: str | None, forms: Mapping[str, Form]) -> dict:
+    """What the script `module` does: the same on this machine, where it makes the cluster, and on each of its hosts."""
+    parser = script.parser(doc)
+    parser.add_argument("--form", choices=forms, default=next(iter(forms)))
     parser.add_argument("--model", default="made:nano", help="a folder that all hosts see, or made:PRESET")
     parser.add_argument("--rate", default="1gbit", help="of each host's link, in tc's units")
     parser.add_argument("--tokens", type=script.at_least(1), default=16, help="of each of two answers")
     parser.add_argument("--timeout-s", type=script.positive, default=600)
     args = parser.parse_args(argv)
-    vllm_program()
+    form = forms[args.form]
+    ENGINES[form.engine].environment(1)  # raises where it is not installed
     if cluster := virtual_cluster.described():  # we are on one of its hosts
         place = {"NNODES": str(cluster.hosts), "NODE_RANK": os.environ["HOST_INDEX"]}
         os.environ.update(place | {"MASTER_ADDR": virtual_cluster.address(0)})
         if os.environ["HOST_INDEX"] == "0":
             with socket.create_server(("", LINE_PORT)):  # the others' connections wait in its backlog
-                return head(args.form, args.model, args.tokens, args.timeout_s)
-        return follow(args.form, args.model, args.timeout_s)
+                return head(args.form, form, args.model, args.tokens, args.timeout_s)
+        return follow(form, args.model, args.timeout_s)
     model = options.make_models(args.model)
-    check_model(model, FORMS[args.form][1].get("tensor-parallel-size", 1))
-    virtual_cluster.check_here("; on real nodes see ch06_vllm/launch")
-    script.start(__file__, args)
+    check_model(model, form.tensor_parallel)
+    launch = Path(form.launch).parent
+    virtual_cluster.check_here(f"; on real nodes see {launch}")
+    script.start(str(process.ROOT / f"{module.replace('.', '/')}.py"), args)
     words = ["--form", args.form, "--model", model, "--tokens", str(args.tokens), "--timeout-s", str(args.timeout_s)]
-    command = [sys.executable, "-m", "ch06_vllm.multi_node", *words]
+    command = [sys.executable, "-m", module, *words]
     done = virtual_cluster.run(command, launch="command", rate=args.rate, timeout_s=args.timeout_s + 60)
     if done.result is None:
-        raise script.UserError(f"the two hosts did not serve ({done.reason(args.timeout_s)}); see ch06_vllm/launch")
+        raise script.UserError(f"the two hosts did not serve ({done.reason(args.timeout_s)}); see {launch}")
     return done.result | {"rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
 
 

@@ -1,7 +1,8 @@
-"""The options of `vllm serve`: read from a YAML file, checked against vLLM's own parser, before anything starts.
+"""An engine's options: read from a YAML file and checked against the engine's own parser, before anything starts.
 
-A file holds vLLM's own names, as `vllm serve --config` reads them. Two things are ours: what stands under `cpu:` holds
-where no GPU is visible, over what stands above; and `made:nano`, `made:nano/lora` are folders of make_model.py.
+A file holds the engine's own names, as `vllm serve --config` reads them. Two things are ours: what stands under
+`cpu:` holds where no GPU is visible, over what stands above; and `made:nano`, `made:nano/lora` are folders of
+make_model.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -17,19 +19,17 @@ from typing import Any
 
 import yaml
 
-from ch06_vllm.servers import vllm_environment, vllm_program
+from ch06_vllm.servers import ENGINES, program
 from common.bootstrap import engine_environment, gpus_visible
 from common.script import UserError, atomic_write
 
 Options = dict[str, Any]
 OURS = "cpu"
-# Run by vLLM's python: every option with what it takes, as argparse has it.
+# Run by the engine's python, behind what makes its parser: every option with what it takes, as argparse has it.
 ASK = """
-import json, sys
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+import json
 options = {}
-for action in make_arg_parser(FlexibleArgumentParser())._actions:
+for action in parser._actions:
     for flag in action.option_strings:
         if flag.startswith("--") and not flag.startswith("--no-"):
             kind = getattr(action.type, "__name__", "") if action.nargs != 0 else "flag"
@@ -40,41 +40,43 @@ print("OPTIONS " + json.dumps(options))
 
 
 @functools.cache
-def known() -> dict[str, Options]:
-    """Each option of `vllm serve`: its kind (flag, int, float ...) and choices. Asked once for each environment.
+def known(engine: str = "vllm") -> dict[str, Options]:
+    """Each option of the engine: its kind (flag, int, float ...) and choices. Asked once for each environment.
 
     Raises:
-        UserError: there is no vLLM environment, or it does not answer.
+        UserError: there is no such environment, or it does not answer.
     """
-    path = engine_environment("vllm") / "serve_options.json"
-    python = vllm_program("python")
+    title, path = ENGINES[engine].title, engine_environment(engine) / "serve_options.json"
+    ask = [program(engine, "python"), "-c", ENGINES[engine].parser + ASK]
     if not path.exists():
-        asked = subprocess.run(
-            [python, "-c", ASK], env=vllm_environment(1), capture_output=True, text=True, timeout=300, check=False
-        )
+        env = {**os.environ, **ENGINES[engine].environment(1)}
+        asked = subprocess.run(ask, env=env, capture_output=True, text=True, timeout=300, check=False)
         told = [line for line in asked.stdout.splitlines() if line.startswith("OPTIONS ")]
         if not told:
             last = (asked.stderr.strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"vLLM does not say what options it has ({last}); remove {path.parent}, make setup-vllm")
+            again = f"remove {path.parent}, make setup-{engine}"
+            raise UserError(f"{title} does not say what options it has ({last}); {again}")
         with atomic_write(path) as file:
             file.write(told[-1].removeprefix("OPTIONS "))
     found: dict[str, Options] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def read(path: Path, changes: Iterable[str] = (), *, laptop: bool | None = None) -> Options:
+def read(path: Path, changes: Iterable[str] = (), *, laptop: bool | None = None, engine: str = "vllm") -> Options:
     """The options in a YAML file, with `key=value` changes over them.
 
     Args:
         laptop: whether what is under `cpu:` holds (default: if no GPU is visible).
 
     Raises:
-        UserError: no such file, no YAML, or an option that vLLM does not know or whose value it would refuse.
+        UserError: no such file, no YAML, or an option that the engine does not know or whose value it would refuse.
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); see ch06_vllm/configs for some") from None
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); see the configs folder of the chapter for some"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:160]}); correct that line") from None
     if not isinstance(options, dict):
@@ -83,18 +85,18 @@ def read(path: Path, changes: Iterable[str] = (), *, laptop: bool | None = None)
     if not isinstance(small, dict):
         raise UserError(f"{path}: {OURS} holds {small!r}; write options under it, indented")
     for part in (options, small):
-        check(part, str(path))
+        check(part, str(path), engine)
     options = {key.replace("_", "-"): value for key, value in options.items()}
     if laptop or (laptop is None and not gpus_visible()):
         options |= {key.replace("_", "-"): value for key, value in small.items()}
     for change in changes:
-        apply(options, change)
+        apply(options, change, engine)
     if not options.get("model"):
         raise UserError(f"{path} names no model; write `model: FOLDER`, or --set model=FOLDER")
     return {key: value for key, value in options.items() if value is not None}
 
 
-def apply(options: Options, change: str) -> None:
+def apply(options: Options, change: str, engine: str = "vllm") -> None:
     """One --set: `max-num-seqs=8`, or `speculative-config.num_speculative_tokens=2` for one value of several."""
     key, equals, text = change.partition("=")
     name, dot, inner = key.strip().partition(".")
@@ -108,19 +110,19 @@ def apply(options: Options, change: str) -> None:
     if dot:
         whole = options.get(name)
         value = {**(whole if isinstance(whole, Mapping) else {}), inner: value}
-    check({name: value}, "--set")
+    check({name: value}, "--set", engine)
     options[name] = value
 
 
-def check(options: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for the first option that vLLM does not have, or whose value it would refuse."""
+def check(options: Mapping[str, Any], where: str, engine: str = "vllm") -> None:
+    """Raises UserError for the first option that the engine does not have, or whose value it would refuse."""
     for key, value in options.items():
         name = str(key).replace("_", "-")
-        option = known().get(name)
+        option = known(engine).get(name)
         if option is None:
-            near = difflib.get_close_matches(name, known(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}" if near else "see vllm serve --help=all"
-            raise UserError(f"{where}: vLLM has no option {key}; {hint}")
+            near = difflib.get_close_matches(name, known(engine), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}" if near else f"see {ENGINES[engine].help}"
+            raise UserError(f"{where}: {ENGINES[engine].title} has no option {key}; {hint}")
         kinds = {"flag": (bool, "true or false"), "int": (int, "a whole number"), "float": ((int, float), "a number")}
         kind, words = kinds.get(option["kind"], (object, ""))
         right = isinstance(value, kind) and (option["kind"] == "flag" or not isinstance(value, bool))

@@ -19,13 +19,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ch06_vllm import options
 from ch06_vllm.scrape import scrape
-from ch06_vllm.servers import Server, flags, why
+from ch06_vllm.servers import ENGINES, Server, flags
 from common import script
 
 PROMPT = "def fibonacci("
@@ -50,7 +51,7 @@ def post(url: str, body: dict[str, Any], timeout_s: float = 120) -> dict[str, An
 
 
 def smoke(server: Server, tokens: int = 16) -> dict[str, Any]:
-    """One completion and one chat; each adapter completes too."""
+    """One completion and one chat; the first adapter completes too."""
     same = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     began = time.perf_counter()
     completed = post(f"{server.url}/v1/completions", same | {"model": server.model, "prompt": PROMPT})
@@ -67,7 +68,7 @@ def smoke(server: Server, tokens: int = 16) -> dict[str, Any]:
         found |= {"adapters": len(server.adapters), "adapter_changes_text": other != text}
     if quantised := re.search(r"\bquantization=([\w-]+)", "".join(server.child.out)):  # as the engine says of itself
         found["quantization"] = quantised[1]
-    return found | counters(server.url)
+    return found
 
 
 def counters(url: str) -> dict[str, int]:
@@ -105,12 +106,19 @@ def serve(server: Server, what: str) -> None:
     except (KeyboardInterrupt, Stopped):
         print(f"stopping: running requests have {server.grace_s} s to finish", flush=True)
         return
-    raise script.UserError(f"vLLM ended: {why(server.child.err + server.child.out)}")
+    raise script.UserError(f"{ENGINES[server.engine].title} ended: {server.why()}")
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = script.parser(__doc__)
-    parser.add_argument("config", type=Path, help="a YAML file with options of `vllm serve`; see ch06_vllm/configs")
+    return serve_from_file(argv, "vllm", __file__, __doc__, counters)
+
+
+def serve_from_file(
+    argv: list[str] | None, engine: str, file: str, doc: str | None, counters: Callable[[str], dict[str, Any]]
+) -> dict:
+    """What the script `file` does for its engine. `counters`: what the engine at an address counts, for --smoke."""
+    parser = script.parser(doc)
+    parser.add_argument("config", type=Path, help="a YAML file with the engine's options; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the file's, YAML values")
     parser.add_argument("--check", action="store_true", help="check the file and show the command; start nothing")
     parser.add_argument("--smoke", action="store_true", help="send a completion and a chat, then stop")
@@ -119,27 +127,27 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
     args = parser.parse_args(argv)
     laptop = {"auto": None, "cpu": True, "cuda": False}[args.device]
-    wanted = options.read(args.config, args.set, laptop=laptop)
-    sizes = [wanted.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data")]
+    wanted = options.read(args.config, args.set, laptop=laptop, engine=engine)
+    sizes = [wanted.get(name, 1) for name in ENGINES[engine].sizes]
     shape = dict(zip(("tensor_parallel", "pipeline_parallel", "data_parallel"), sizes, strict=True))
     if args.check:
         model = wanted.pop("model")
-        print("vllm serve", model, *flags(wanted))
+        print(*ENGINES[engine].shown, model, *flags(wanted))
         return shape | {"model": model, "options": len(wanted), "started": False}
-    script.start(__file__, args)
+    script.start(file, args)
     wanted = options.make_models(wanted)
     model, port = wanted.pop("model"), wanted.pop("port", None)
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if args.verbose else None
     signal.signal(signal.SIGTERM, stop)
     try:
         with Server(
-            model, "vllm", wanted, port=None if args.smoke else port, timeout_s=args.timeout_s, grace_s=args.grace_s,
+            model, engine, wanted, port=None if args.smoke else port, timeout_s=args.timeout_s, grace_s=args.grace_s,
             on_line=log,
         ) as server:  # fmt: skip
             found = {"model": server.model, "start_s": server.start_s, **shape}
             began = time.monotonic()
             if args.smoke:
-                return found | smoke(server) | {"processes": len(server.child.tree())}
+                return found | smoke(server) | counters(server.url) | {"processes": len(server.child.tree())}
             serve(server, args.config.stem)
             return found | {"served_s": time.monotonic() - began}
     except Stopped:

@@ -1,10 +1,10 @@
-"""Start an inference engine as a server and stop it again: real vLLM, or the one of this chapter, by the same words.
+"""Start an inference engine as a server and stop it again: real vLLM, the one of this chapter, or a later one's.
 
 with Server(model, "vllm", {"tensor-parallel-size": 2}) as server:
     requests.post(f"{server.url}/v1/completions", json={"model": server.model, "prompt": "def f("})
 
-Options are vLLM's own flags without the dashes in front. Leaving the block lets running requests finish for a while,
-and then nothing is left: also when the engine or this process is killed.
+Options are the engine's own flags without the dashes in front. Leaving the block lets running requests finish for a
+while, and then nothing is left: also when the engine or this process is killed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ LAPTOP_PIPELINE: dict[str, Any] = LAPTOP | {
     "compilation-config": {"mode": 2, "backend": "eager"},
 }
 QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
-SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
 # What an engine says when it cannot start, and what to do about it. The first that is found is told.
 ADVICE = [
@@ -54,16 +54,20 @@ ADVICE = [
 ]  # fmt: skip
 
 
-def vllm_program(name: str = "vllm") -> Path:
-    """A program of vLLM's own environment: `vllm`, `python`, `ray`.
+def program(engine: str, name: str) -> Path:
+    """A program of an engine's own environment: `vllm`, `python`, `ray`.
 
     Raises:
         UserError: the environment has not been made.
     """
-    environment = engine_environment("vllm")
+    environment = engine_environment(engine)
     if not (environment / ".installed").exists():
-        raise UserError("there is no vLLM here; run make setup-vllm")
+        raise UserError(f"there is no {ENGINES[engine].title} here; run make setup-{engine}")
     return environment / "bin" / name
+
+
+def vllm_program(name: str = "vllm") -> Path:
+    return program("vllm", name)
 
 
 def vllm_environment(ranks: int) -> dict[str, str]:
@@ -92,18 +96,18 @@ def own_cores() -> list[int]:
     return cores
 
 
-def exports() -> None:
-    """Print vLLM's variables for a node of several as shell commands, for the scripts in launch/.
+def exports(engine: str = "vllm") -> None:
+    """Print an engine's variables for a node of several as shell commands, for the scripts in launch/.
 
-    VLLM_HOST_IP is the address by which this node reaches MASTER_ADDR: without a default route vLLM finds none. What
-    is wrong is one line on stderr and exit code 2.
+    VLLM_HOST_IP (SGLANG_HOST_IP) is the address by which this node reaches MASTER_ADDR: without a default route the
+    engine finds none. What is wrong is one line on stderr and exit code 2.
     """
     master = os.environ["MASTER_ADDR"]
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((master, 9))  # sends nothing
             own = probe.getsockname()[0]
-        variables = vllm_environment(1) | {"VLLM_HOST_IP": own}
+        variables = ENGINES[engine].environment(1) | {f"{engine.upper()}_HOST_IP": own}
     except (UserError, OSError) as error:
         unreachable = f"MASTER_ADDR {master!r} cannot be reached ({error}); set it to the address of node 0"
         print(f"error: {error if isinstance(error, UserError) else unreachable}", file=sys.stderr)
@@ -145,7 +149,49 @@ def own_command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     return start + flags({name: value for name, value in options.items() if name != "shutdown-timeout"})
 
 
-ENGINES: dict[str, Callable[..., list[str]]] = {"ours": own_command, "vllm": vllm_command}
+# Run by vLLM's python: every option with what it takes, as argparse has it.
+VLLM_PARSER = """
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a Server and serve_vllm.py ask about an engine.
+
+    Attributes:
+        title: its name as people write it.
+        command: (model, port, options[, launch=...]) to the words that start it.
+        environment: variables for so many ranks of it on this host; raises UserError where it is not installed.
+        sizes: its options for tensor, pipeline and data parallel.
+        parser: Python source that makes `parser`, its argparse parser, in its own environment.
+        shown: how its own command begins, in front of a model; `help` is the one that lists its options.
+        advice: what it says when it cannot start, and what to do about it.
+    """
+
+    title: str
+    command: Callable[..., list[str]]
+    environment: Callable[[int], dict[str, str]]
+    sizes: tuple[str, str, str] = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+    parser: str = ""
+    shown: Sequence[str] = ()
+    help: str = ""
+    advice: Sequence[tuple[str, str]] = tuple(ADVICE)
+
+
+ENGINES: dict[str, Engine] = {  # a later chapter adds its own
+    "ours": Engine("our engine", own_command, lambda ranks: {}),
+    "vllm": Engine(
+        "vLLM",
+        vllm_command,
+        vllm_environment,
+        parser=VLLM_PARSER,
+        shown=("vllm", "serve"),
+        help="vllm serve --help=all",
+    ),
+}
 
 
 class Server:
@@ -186,17 +232,18 @@ class Server:
         self.start_s = 0.0
 
     def __enter__(self) -> Server:
-        sizes = [int(self.options.get(name, 1)) for name in SIZES]
+        engine = ENGINES[self.engine]
+        sizes = [int(self.options.get(name, 1)) for name in engine.sizes]
         ranks = sizes[0] * sizes[1] * int(self.options.get("data-parallel-size-local", sizes[2]))
         if self.launch:
             ranks = 1  # on this host
-        check_model(self.folder, sizes[0])
+        check_model(self.folder, sizes[0], engine.sizes[0])
         check_ranks(ranks)
         port = self.port or free_port()
         bind(HOST, port).close()
         self.url = f"http://{HOST}:{port}"
-        env = vllm_environment(ranks) | self.env if self.engine == "vllm" else self.env
-        command = ENGINES[self.engine](self.folder, port, self.options, **self.launch)
+        env = engine.environment(ranks) | self.env
+        command = engine.command(self.folder, port, self.options, **self.launch)
         self.child = process.Child(command, env=env, on_line=self.on_line, on_error=self.on_line)
         try:
             self._wait_until_healthy()
@@ -219,7 +266,7 @@ class Server:
         while not answers(f"{self.url}/health"):
             if self.child.process.poll() is not None:
                 self.child.wait(0)  # its last words
-                raise UserError(f"{self.engine} did not start: {why(self.child.err + self.child.out)}")
+                raise UserError(f"{self.engine} did not start: {self.why()}")
             if time.monotonic() > deadline:
                 said = (self.child.err or self.child.out or ["nothing"])[-1].strip()[:160]
                 raise UserError(
@@ -229,6 +276,10 @@ class Server:
             time.sleep(0.05)
         self.start_s = time.monotonic() - self.child.started
         self.model, *self.adapters = models(self.url)
+
+    def why(self) -> str:
+        """Its own words about its end, and what to do."""
+        return why(self.child.err + self.child.out, ENGINES[self.engine].advice)
 
 
 def answers(url: str) -> bool:
@@ -246,7 +297,7 @@ def models(url: str) -> list[str]:
         return [model["id"] for model in json.load(answer)["data"]]
 
 
-def check_model(model: str, tensor_parallel: int = 1) -> None:
+def check_model(model: str, tensor_parallel: int = 1, option: str = "tensor-parallel-size") -> None:
     """A local folder that an engine can read, or what can be a hub id.
 
     Raises:
@@ -270,7 +321,7 @@ def check_model(model: str, tensor_parallel: int = 1) -> None:
     if heads and heads % tensor_parallel:
         raise UserError(
             f"{architecture} in {model} has {heads} attention heads, which {tensor_parallel} ranks cannot share; "
-            "take a tensor-parallel-size that divides them"
+            f"take a {option} that divides them"
         )
 
 
@@ -305,7 +356,7 @@ ORIGIN = re.compile(r"^\([^)]*pid=\d+\) ")  # (EngineCore pid=42)
 LOGGED = re.compile(r"^[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] ?")  # ERROR 01-31 23:59:59 [core.py:1]
 
 
-def why(printed: Iterable[str]) -> str:
+def why(printed: Iterable[str], advice: Iterable[tuple[str, str]] = ADVICE) -> str:
     """The engine's own error, of all that it printed, and what to do: the first one, as later ones follow from it."""
     lines = [LOGGED.sub("", ORIGIN.sub("", line.rstrip("\n"))) for line in printed]
     lines = [line for line in lines if line.strip()]
@@ -316,5 +367,5 @@ def why(printed: Iterable[str]) -> str:
     if "validation error" in said:  # pydantic's next line says which
         said = lines[errors[0] + 1].partition(" [type=")[0]
     said = re.split(r"\. (?=[A-Z])", " ".join(said.split()))[0]
-    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, said)), "see its documentation")
-    return f"{said[:400].rstrip('.')}; {advice}"
+    todo = next((todo for pattern, todo in advice if re.search(pattern, said)), "see its documentation")
+    return f"{said[:400].rstrip('.')}; {todo}"

@@ -7,22 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ch06_vllm.servers import ENGINES, Server, vllm_program
+from ch06_vllm.servers import ENGINES, Server
 from common.script import UserError
 
-HELP = "ENGINE:MODEL, ours or vllm, and a preset (random weights, made once) or a model's folder"
+HELP = "ENGINE:MODEL, ours or vllm (chapter 7: sglang), and a preset (random weights, made once) or a model's folder"
 
 
 def engine_name(text: str) -> str:
-    """argparse type: ours or vllm.
+    """argparse type: ours, vllm, or another of servers.ENGINES.
 
     Raises:
-        UserError: vLLM's environment has not been made. It is said here, before a model is.
+        UserError: the engine's environment has not been made. It is said here, before a model is.
     """
     if text not in ENGINES:
         raise argparse.ArgumentTypeError(f"{text!r} is no engine; take {' or '.join(ENGINES)}")
-    if text == "vllm":
-        vllm_program()
+    ENGINES[text].environment(1)
     return text
 
 

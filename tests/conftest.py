@@ -112,3 +112,16 @@ def vllm_server_tp2(served_model: Path) -> Iterator[Server]:
     needs_vllm()
     with Server(served_model, "vllm", {"kv-cache-memory-bytes": "256M", "tensor-parallel-size": 2}) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def sglang_server(served_model: Path) -> Iterator[Server]:
+    """Real SGLang with one rank, started once for all tests, as vllm_server."""
+    from ch06_vllm.servers import Server
+    from ch07_sglang_routing import sglang_engine  # noqa: F401
+    from common.exercises import missing_for
+
+    if lacking := missing_for("sglang"):
+        pytest.skip(f"needs {lacking}")
+    with Server(served_model, "sglang", {"constrained-json-disable-any-whitespace": True}) as server:
+        yield server
