@@ -7,7 +7,7 @@ CHAPTERS := $(notdir $(patsubst %/exercises.toml,%,$(wildcard ch*/exercises.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm setup-sglang setup-routers system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
+.PHONY: help setup setup-vllm setup-sglang setup-genai-bench setup-routers system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ setup-sglang: setup  ## make SGLang's own environment there (CUDA build 11 GB, C
 
 setup-routers: setup  ## make an environment with the routers that chapter 7 measures ours against (some 40 MB)
 	@$(PYTHON) common/bootstrap.py routers
+
+setup-genai-bench: setup  ## make genai-bench's own environment there (0.8 GB)
+	@$(PYTHON) common/bootstrap.py genai-bench
 
 system-deps:  ## install the optional system packages (Debian or Ubuntu, root); without them some things are skipped
 	@common/system-deps.sh

@@ -24,8 +24,11 @@ UV_VERSION = "0.13.9"
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("requirements.txt", "constraints.txt", "pyproject.toml", "common/bootstrap.py")
 STAND_INS = "stand_ins.py"  # of an engine's folder: what its CPU environment has for packages that are left out
-# Where the pins of engines, and of what they are compared with, are.
-ENGINES = {"vllm": "ch06_vllm", "sglang": "ch07_sglang_routing", "routers": "ch07_sglang_routing/peers"}
+# Where their pins are. The last two are no engines: what chapter 7 measures beside its own.
+ENGINES = {
+    "vllm": "ch06_vllm", "sglang": "ch07_sglang_routing",
+    "routers": "ch07_sglang_routing/peers", "genai-bench": "ch07_sglang_routing/genai",
+}  # fmt: skip
 
 
 def fail(message: str) -> None:
