@@ -10,13 +10,17 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from common import process
 from common.ranks import free_port
 from common.script import UserError
 
@@ -24,7 +28,11 @@ if TYPE_CHECKING:
     from ch07_sglang_routing.ray_app import Arguments
 
 APP, DEPLOYMENT = "llm", "Engine"
-VARIABLES = {"RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # for Ray's own processes too
+VARIABLES = {  # for Ray's own processes too
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "SPT_NOENV": "1",  # their titles would overwrite the variable by which they are found
+}
 OBJECT_STORE_BYTES = 80 * 2**20  # near the least that Ray takes: requests and answers do not go through it
 
 
@@ -46,7 +54,7 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with own_processes(), tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         own: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": folder}
         own |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
         try:
@@ -61,6 +69,24 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def own_processes() -> Iterator[None]:
+    """What is started in the block ends with it, as with process.Child: Ray's agents outlive a killed driver."""
+    mark = f"RAY_{uuid.uuid4().hex}"
+    guard = subprocess.Popen(
+        [sys.executable, "-c", process.GUARD, mark, str(process.ROOT)],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    os.environ[mark] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[mark]
+        process.kill_marked(mark)
+        guard.kill()
+        guard.communicate()
 
 
 def check_address(address: str) -> None:
@@ -152,8 +178,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None
 def processes() -> list[psutil.Process]:
     """The replicas' processes, of a cluster that this process has started."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, IndexError):
-            if process.cmdline()[0].startswith(f"ray::ServeReplica:{APP}:{DEPLOYMENT}"):
-                found.append(process)
+            if child.cmdline()[0].startswith(f"ray::ServeReplica:{APP}:{DEPLOYMENT}"):
+                found.append(child)
     return found

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import yaml
 
@@ -90,6 +95,26 @@ def test_without_a_cluster_at_the_address_it_is_one_line() -> None:
             pass
 
 
+DRIVER = """
+import os, signal
+from ch07_sglang_routing import ray_local
+with ray_local.cluster(1):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_driver_leaves_no_process_of_ray() -> None:
+    mark = "TEST_RAY_DRIVER"
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], cwd=CONFIG.parents[2], env={**os.environ, mark: "1"}, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while left := process.marked(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The config as it stands, by `serve run` on a cluster of this test; only sizes and waits are a laptop's."""
@@ -115,7 +140,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
         children = ray_local.processes()
     assert children
-    assert not any(child.is_running() for child in children)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_completions_and_chat_by_the_openai_client(application: str) -> None:
