@@ -3,7 +3,7 @@
 It stands for a slower machine where there is but one. It rests rather than works longer, so that another engine beside
 it has the core to itself meanwhile.
 
-    python -m ch07_sglang_routing.throttled FACTOR --model DIR --port 8000        (and the other flags of the server)
+    Server(model, "throttled", {"factor": 4})        # once ENGINES has it: see hybrid.py
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from ch06_vllm import servers
 from ch06_vllm.engine import engine, server
 from ch06_vllm.engine.request import Output
 from common import script
+
+
+START = "from common import script; from ch07_sglang_routing.throttled import main; script.run(main)"
 
 
 def slowed(factor: float) -> type[engine.Engine]:
@@ -35,14 +38,11 @@ def slowed(factor: float) -> type[engine.Engine]:
 def command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
     """For the ENGINES of ch06_vllm.servers: the option `factor`, and those of its own engine."""
     python, _, _, *words = servers.own_command(model, port, {k: v for k, v in options.items() if k != "factor"})
-    return [python, "-m", "ch07_sglang_routing.throttled", str(options["factor"]), *words]
+    return [python, "-c", START, str(options["factor"]), *words]
 
 
 def main() -> dict:
+    """FACTOR and the flags of chapter 6's server."""
     factor = script.positive(sys.argv[1])
     engine.Engine = slowed(factor)  # type: ignore[misc]  # the server makes what has this name
     return server.main(sys.argv[2:])
-
-
-if __name__ == "__main__":
-    script.run(main)
