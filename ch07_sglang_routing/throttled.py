@@ -18,7 +18,6 @@ from ch06_vllm.engine import engine, server
 from ch06_vllm.engine.request import Output
 from common import script
 
-
 START = "from common import script; from ch07_sglang_routing.throttled import main; script.run(main)"
 
 
