@@ -78,7 +78,9 @@ def plot(measured: dict[str, dict[str, Any]], rows: list[dict[str, Any]], decodi
     sizes.set(xlabel="block size", ylabel="slots a request", title="block size: fragmentation and speed")
     sizes.set_xticks(at, map(str, at))
     sizes.legend(frameon=False, fontsize=8, loc="upper left")
-    right.set(ylabel=f"ms for a decode step of {decoding}", ylim=(0, None))
+    for axis in (sizes, right):  # room for the legends
+        axis.set_ylim(0, 1.4 * axis.get_ylim()[1])
+    right.set_ylabel(f"ms for a decode step of {decoding}")
     right.legend(frameon=False, fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
