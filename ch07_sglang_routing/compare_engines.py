@@ -49,7 +49,7 @@ def options_of(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     if engine == "sglang":
         return {
             "context-length": args.max_len, "max-running-requests": args.max_running,
-            "chunked-prefill-size": args.step_tokens, "sleep-on-idle": True,
+            "chunked-prefill-size": args.step_tokens, "sleep-on-idle": True,  # on a GPU too: others are measured
         }  # fmt: skip
     same = {"max-model-len": args.max_len, "max-num-seqs": args.max_running, "max-num-batched-tokens": args.step_tokens}
     return same | ({"kv-cache-memory-bytes": GIB} if engine == "vllm" and not gpus_visible() else {})

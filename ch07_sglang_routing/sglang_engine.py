@@ -25,6 +25,7 @@ LAPTOP: dict[str, Any] = {
     "disable-overlap-schedule": True,
     "mem-fraction-static": 0.3,
     "max-total-tokens": 32768,
+    "sleep-on-idle": True,  # else its scheduler keeps a core busy with waiting
 }
 # Its counters at /metrics; how many tokens of a prompt were in the radix cache, in each answer's usage.
 ALWAYS: dict[str, Any] = {"enable-metrics": True, "enable-cache-report": True, "log-level-http": "warning"}
