@@ -229,7 +229,8 @@ def test_the_batch_and_the_benchmark_on_one_rank_and_on_two(
     assert (found["failed"], found["completed"], found["completion_tokens"]) == (0, 8, 48)
 
 
-@pytest.mark.parametrize("fault", [name for name in chaos.FAULTS if "in the queue" not in name])
+# Not those that wait until vLLM's gauges show the request: with a rank on each core its front end may be too late.
+@pytest.mark.parametrize("fault", [name for name in chaos.FAULTS if not re.search("in the queue|request runs", name)])
 def test_two_ranks_answer_a_fault_rightly_and_keep_nothing_of_it(vllm_server_tp2: Server, fault: str) -> None:
     async def suffer() -> dict:
         async with chaos.Victim(vllm_server_tp2) as victim:
