@@ -6,11 +6,11 @@ that it needs no thread, and no request waits for a scrape. Nothing is asked of 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
 from typing import TYPE_CHECKING
+
+from ch06_vllm.engine.metrics import Histogram
 
 if TYPE_CHECKING:
     from ch07_sglang_routing.router.workers import Worker
@@ -18,19 +18,6 @@ if TYPE_CHECKING:
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ADDED_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
-
-
-class Histogram:
-    """Of seconds. Not the engine's of chapter 6, whose module brings torch along."""
-
-    def __init__(self, buckets: tuple[float, ...]) -> None:
-        self.buckets = buckets
-        self.counts = [0] * (len(buckets) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.buckets, value)] += 1
-        self.sum += value
 
 
 class Metrics:
@@ -87,11 +74,11 @@ class Metrics:
             ("choose_seconds", "What reading the prompt and choosing a worker takes.", self.choose_s),
         ):
             yield from _family(name, "histogram", what)
-            counts = list(accumulate(histogram.counts))
-            for bound, count in zip([*map(str, histogram.buckets), "+Inf"], counts, strict=True):
+            counts = histogram.cumulative()
+            for bound, count in counts:
                 yield f'router_{name}_bucket{{le="{bound}"}} {count}'
             yield f"router_{name}_sum {histogram.sum:g}"
-            yield f"router_{name}_count {counts[-1]}"
+            yield f"router_{name}_count {counts[-1][1]}"
 
 
 def _family(name: str, kind: str, what: str) -> tuple[str, str]:
