@@ -36,7 +36,7 @@ tour: setup  ## the book in one run: train on real text, see where time went, su
 	@$(BIN)/python -m tour
 
 test: setup  ## all tests, on CPU, two files at a time
-	$(BIN)/python -m pytest -n $(if $(TEST_ON_GPU),0,2) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(if $(TEST_ON_GPU),0,2) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 smoke: setup  ## run every exercise briefly [CHAPTER=ch01]
 	$(BIN)/python -m common.exercises smoke $(CHAPTER) --junit runs/smoke.xml --json runs/smoke.json

@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,21 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
     os.environ.pop(name, None)  # a test run that was itself started by a launcher is one process, not a rank
 # One file for all workers of this run (pytest -n 2): they inherit the variable.
 LOCK = Path(os.environ.setdefault("TEST_RUN_LOCK", str(SCRATCH / "lock")))
+ENGINES = {"vllm_server", "vllm_server_tp2", "sglang_server"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: it measures time; no other test runs meanwhile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that ask a shared engine come last: it stays up, and takes memory from which others would be measured.
+
+    Of the rest, and of those, the largest file first, so that two workers end together.
+    """
+    sizes = Counter(item.path for item in items)
+    asking = {path for path in sizes if any(name in path.read_text(encoding="utf-8") for name in ENGINES)}
+    items.sort(key=lambda item: (item.path in asking, -sizes[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout's clock
