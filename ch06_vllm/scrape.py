@@ -37,7 +37,9 @@ class Metrics:
             UserError: the engine has no such metric.
         """
         if name not in self.values:
-            raise UserError(f"/metrics has no {name}; see which version of the engine this is")
+            raise UserError(
+                f"/metrics has no {name} among its {len(self.values)}; see which version of the engine this is"
+            )
         return self.values[name]
 
 

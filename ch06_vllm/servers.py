@@ -244,6 +244,8 @@ class Server:
         self.url = f"http://{HOST}:{port}"
         env = engine.environment(ranks) | self.env
         command = engine.command(self.folder, port, self.options, **self.launch)
+        self.scratch = tempfile.TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
+        env["TMPDIR"] = self.scratch.name  # sockets and metrics: a killed engine leaves them
         self.child = process.Child(command, env=env, on_line=self.on_line, on_error=self.on_line)
         try:
             self._wait_until_healthy()
@@ -257,8 +259,9 @@ class Server:
 
     def _stop(self, grace_s: float) -> None:
         self.child.stop(grace_s)
+        self.scratch.cleanup()
         for name in set(re.findall(r"vllm_dist_\w{16,}", "".join(self.child.out))):  # ranks that are killed leave them
-            for path in (*Path("/dev/shm").glob(f"{name}*"), Path(tempfile.gettempdir(), name)):
+            for path in Path("/dev/shm").glob(f"{name}*"):
                 path.unlink(missing_ok=True)
 
     def _wait_until_healthy(self) -> None:

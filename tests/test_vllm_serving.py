@@ -418,6 +418,22 @@ def test_a_server_that_takes_too_long_is_stopped_and_says_what_to_check(served_m
         pass
 
 
+def test_temporary_files_of_an_engine_end_with_it(served_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    untidy = "import tempfile, time; print(tempfile.mkstemp()[1], flush=True); time.sleep(60)"
+    engine = servers.Engine("untidy", lambda *_: [sys.executable, "-c", untidy], lambda ranks: {})
+    monkeypatch.setitem(servers.ENGINES, "untidy", engine)
+    left: list[Path] = []
+
+    def note(line: str) -> None:
+        left.append(Path(line.strip()))
+        assert left[0].exists()
+
+    with pytest.raises(UserError, match="not ready"), Server(served_model, "untidy", timeout_s=3, on_line=note):
+        pass
+    assert len(left) == 1
+    assert not left[0].parent.exists()
+
+
 @pytest.mark.parametrize(
     ("printed", "said"),
     [
