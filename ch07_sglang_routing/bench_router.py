@@ -34,9 +34,9 @@ import psutil
 
 from ch06_vllm.servers import HOST, answers
 from ch07_sglang_routing.router.policies import POLICIES
-from ch07_sglang_routing.router.running import Routing
+from ch07_sglang_routing.router.running import Routing, peer_installed
 from common import process, script
-from common.bootstrap import cache_dir, engine_environment
+from common.bootstrap import cache_dir
 from common.ranks import free_port
 from common.script import UserError
 
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> Json:
     run = script.start(__file__, args)
     rng, body = random.Random(args.seed), prompt_body(args.prompt_characters)
     wrk = shutil.which("wrk") is not None
-    peer = (engine_environment("routers") / ".installed").exists()
+    peer = peer_installed()
     print(f"client: {'wrk' if wrk else 'Python (make system-deps for wrk)'}; sglang-router: "
           f"{'0.3.2' if peer else 'missing (make setup-routers)'}")  # fmt: skip
 

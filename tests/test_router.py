@@ -837,11 +837,14 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
 # ---------------------------------------------------------------- real engines
 
 
-@pytest.fixture(scope="module")
+REAL = [engine for engine in ("vllm", "sglang") if not missing_for(engine)]
+
+
+@pytest.fixture(scope="module", params=REAL or ["ours"])
 def survivor(served_model: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A real vLLM where there is one, else an engine of ours."""
-    if not missing_for("vllm"):
-        yield request.getfixturevalue("vllm_server")
+    """Real vLLM, and real SGLang; an engine of ours for who has neither."""
+    if REAL:
+        yield request.getfixturevalue(f"{request.param}_server")
         return
     with Server(served_model, "ours", router_chaos.OPTIONS) as server:
         yield server

@@ -25,6 +25,11 @@ START_S = 60.0
 Json = dict[str, Any]
 
 
+def peer_installed() -> bool:
+    """Whether sglang-router is there (make setup-routers)."""
+    return (engine_environment("routers") / ".installed").exists()
+
+
 class Routing:
     """Ours, or `kind="sglang"`: sglang-router. It is entered when all workers are up.
 
