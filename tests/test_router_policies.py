@@ -90,21 +90,33 @@ def test_a_bounded_session_never_goes_where_it_is_full(workers: list[Worker], ra
 def test_cache_aware_policies_are_their_formulas(workers: list[Worker], rank: float, data: st.DataObject) -> None:
     tokens = data.draw(st.one_of(st.text(max_size=40), st.lists(st.integers(0, 9), max_size=40)))
     cached = data.draw(st.lists(st.integers(0, len(tokens)), min_size=len(workers), max_size=len(workers)))
+    written = data.draw(st.lists(st.integers(0, 3), min_size=len(workers), max_size=len(workers)))
     ask = Ask(tokens, rank=rank)
-    longest = policies.longest_prefix(ask, workers, cached)
-    assert (-cached[longest], workers[longest].in_flight) == min(
-        (-has, worker.in_flight) for worker, has in zip(workers, cached, strict=True)
+    longest = policies.longest_prefix(ask, workers, cached, written)
+    assert (-cached[longest], workers[longest].in_flight, written[longest]) == min(
+        (-has, worker.in_flight, took) for worker, has, took in zip(workers, cached, written, strict=True)
     )
     scale = 4 if isinstance(tokens, str) else 1
     work = [
-        (len(tokens) - has) / scale + worker.pending_tokens + 7 * worker.in_flight
-        for worker, has in zip(workers, cached, strict=True)
+        ((len(tokens) - has) / scale + worker.pending_tokens + 7 * worker.in_flight, took)
+        for worker, has, took in zip(workers, cached, written, strict=True)
     ]
-    assert work[policies.least_work(ask, workers, cached, request_tokens=7)] == min(work)
-    prefill, decode = policies.prefill_and_decode(ask, workers, workers[::-1], cached)
+    assert work[policies.least_work(ask, workers, cached, written, request_tokens=7)] == min(work)
+    prefill, decode = policies.prefill_and_decode(ask, workers, workers[::-1], cached, written)
     assert workers[::-1][decode].in_flight == min(worker.in_flight for worker in workers)
     first = [(len(tokens) - has) / scale + w.pending_tokens for w, has in zip(workers, cached, strict=True)]
     assert first[prefill] == min(first)
+
+
+@pytest.mark.parametrize("name", ["prefix", "joint"])
+def test_new_prefixes_of_idle_workers_fill_their_caches_evenly(name: str) -> None:
+    """Chance would put more into one cache than it holds. A worker that comes later starts level with the others."""
+    policy, rng = POLICIES[name](), random.Random(0)
+    workers = [Worker(f"w{number}", 0, 0) for number in range(3)]
+    some = Counter(policy.choose(Ask([prefix] * 10, rank=rng.random()), workers[:2]) for prefix in range(12))
+    assert some == {0: 6, 1: 6}
+    more = Counter(policy.choose(Ask([prefix] * 10, rank=rng.random()), workers) for prefix in range(12, 30))
+    assert more == {0: 6, 1: 6, 2: 6}
 
 
 def test_a_shared_prefix_makes_a_hot_spot_of_prefix_and_none_of_joint() -> None:

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ch07_sglang_routing.router.radix import RadixTree, Tokens
 
@@ -44,8 +44,8 @@ def prompt_tokens(items: int, tokens: Tokens) -> float:
     return items / CHARACTERS_PER_TOKEN if isinstance(tokens, str) else items
 
 
-def lowest(scores: Sequence[float], rank: float) -> int:
-    """The index of the lowest score; of equal ones, the one that `rank` falls on.
+def lowest(scores: Sequence[Any], rank: float) -> int:
+    """The index of the lowest score, a number or a tuple of them; of equal ones, the one that `rank` falls on.
 
     Without chance among equals, several routers that start together all begin with the same worker.
     """
@@ -111,20 +111,21 @@ def _mixed(value: int) -> int:
     return value ^ value >> 31
 
 
-# The longest prefix in a worker's cache:  argmax cached, then argmin in_flight.
-# Units  cached[i]: items of this prompt that worker i is thought to have.
+# The longest prefix in a worker's cache:  argmax cached, then argmin in_flight, then argmin written.
+# Units  cached[i]: items of this prompt that worker i is thought to have. written[i]: items that its cache had to take
+#        in so far. Between equal workers the one that took in least: chance would give one of two caches more prefixes
+#        than it holds, while the other has room.
 # Fails  by hot spots: all that share a system prompt go to the one worker that saw it first, however long its queue;
 #        a match of one character outweighs any load.
-def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int]) -> int:
-    longest = max(cached)
-    most = 1 + max(worker.in_flight for worker in workers)
-    # in_flight / most is below 1: it decides only between equal prefixes
-    scores = [longest - has + worker.in_flight / most for worker, has in zip(workers, cached, strict=True)]
+def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], written: Sequence[int]) -> int:
+    scores = [
+        (-has, worker.in_flight, took) for worker, has, took in zip(workers, cached, written, strict=True)
+    ]  # fmt: skip
     return lowest(scores, ask.rank)
 
 
 # Cache and load in one unit, tokens of prefill (divide by the prefill rate for seconds): the least work ahead,
-#        uncached + pending + request_tokens x in_flight
+#        uncached + pending + request_tokens x in_flight,  then argmin written
 # uncached  prompt tokens of this request that the worker has to compute;
 # pending   those of the requests in front of it;
 # request_tokens  what a running request costs this one, in prefill tokens: half of a typical answer's length x
@@ -134,11 +135,13 @@ def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int]) -
 # Fails  where request_tokens is far off: at 0 prefix affinity wins over any number of decoding requests, at infinity it
 #        is least_in_flight. Blind to the length of the answer, which nobody knows. With several routers each knows only
 #        what it sent itself.
-def least_work(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], request_tokens: float = 64.0) -> int:
+def least_work(
+    ask: Ask, workers: Sequence[Worker], cached: Sequence[int], written: Sequence[int], request_tokens: float = 64.0
+) -> int:
     length = len(ask.tokens)
     scores = [
-        prompt_tokens(length - has, ask.tokens) + worker.pending_tokens + request_tokens * worker.in_flight
-        for worker, has in zip(workers, cached, strict=True)
+        (prompt_tokens(length - has, ask.tokens) + worker.pending_tokens + request_tokens * worker.in_flight, took)
+        for worker, has, took in zip(workers, cached, written, strict=True)
     ]
     return lowest(scores, ask.rank)
 
@@ -149,9 +152,9 @@ def least_work(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], reque
 # Fails  with few workers: one role idles while the other queues; and by the KV cache's way between the two, which no
 #        score here knows (put the pairs that share a fast link behind one router).
 def prefill_and_decode(
-    ask: Ask, prefills: Sequence[Worker], decodes: Sequence[Worker], cached: Sequence[int]
+    ask: Ask, prefills: Sequence[Worker], decodes: Sequence[Worker], cached: Sequence[int], written: Sequence[int]
 ) -> tuple[int, int]:
-    return least_work(ask, prefills, cached, request_tokens=0.0), least_in_flight(ask, decodes)
+    return least_work(ask, prefills, cached, written, request_tokens=0.0), least_in_flight(ask, decodes)
 
 
 class Policy(Protocol):
@@ -195,20 +198,27 @@ class RoundRobin:
         pass
 
 
+def _known(tree: RadixTree, tokens: Tokens, workers: Sequence[Worker]) -> tuple[list[int], list[int]]:
+    """`cached` and `written` of each worker."""
+    found = tree.match(tokens)
+    return [found.get(worker.name, 0) for worker in workers], [tree.written(worker.name) for worker in workers]
+
+
 class CacheAware:
     """A policy that looks a prompt up in the tree of what was sent, and notes where it sends this one."""
 
     def __init__(
-        self, function: Callable[[Ask, Sequence[Worker], Sequence[int]], int], tree: RadixTree | None = None
+        self,
+        function: Callable[[Ask, Sequence[Worker], Sequence[int], Sequence[int]], int],
+        tree: RadixTree | None = None,
     ) -> None:
         self.tree = RadixTree() if tree is None else tree
         self.matched = 0.0
         self._function = function
 
     def choose(self, ask: Ask, workers: Sequence[Worker]) -> int:
-        found = self.tree.match(ask.tokens)
-        cached = [found.get(worker.name, 0) for worker in workers]
-        index = self._function(ask, workers, cached)
+        cached, written = _known(self.tree, ask.tokens, workers)
+        index = self._function(ask, workers, cached, written)
         self.tree.insert(ask.tokens, workers[index].name)
         self.matched = prompt_tokens(cached[index], ask.tokens)
         return index
@@ -225,9 +235,8 @@ class PrefillDecode:
         self.matched = 0.0
 
     def choose(self, ask: Ask, prefills: Sequence[Worker], decodes: Sequence[Worker]) -> tuple[int, int]:
-        found = self.tree.match(ask.tokens)
-        cached = [found.get(worker.name, 0) for worker in prefills]
-        prefill, decode = prefill_and_decode(ask, prefills, decodes, cached)
+        cached, written = _known(self.tree, ask.tokens, prefills)
+        prefill, decode = prefill_and_decode(ask, prefills, decodes, cached, written)
         self.tree.insert(ask.tokens, prefills[prefill].name)
         self.matched = prompt_tokens(cached[prefill], ask.tokens)
         return prefill, decode

@@ -76,10 +76,7 @@ class RadixTree:
     def insert(self, tokens: Tokens, worker: str) -> None:
         """The worker is sent this prompt now."""
         tokens = self._comparable(tokens)
-        if worker not in self._numbers:
-            self._numbers[worker], self._names[self._next], self._clocks[self._next] = self._next, worker, 0
-            self._next += 1
-        number = self._numbers[worker]
+        number = self._number(worker)
         node, at, path, lacked = self._root, 0, [], 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
@@ -101,10 +98,21 @@ class RadixTree:
         while self.size > self.limit:
             self._drop(self._recent.popitem(last=False)[0])
 
+    def written(self, worker: str) -> int:
+        """Its clock. It starts with the lowest of the others', so that a new worker is level with them."""
+        return self._clocks[self._number(worker)]
+
     def remove(self, worker: str) -> None:
         """Forget a worker. What is left of it in nodes no longer matches, and goes as they are sent or dropped."""
         if (number := self._numbers.pop(worker, None)) is not None:
             del self._clocks[number], self._names[number]
+
+    def _number(self, worker: str) -> int:
+        if worker not in self._numbers:
+            self._numbers[worker], self._names[self._next] = self._next, worker
+            self._clocks[self._next] = min(self._clocks.values(), default=0)
+            self._next += 1
+        return self._numbers[worker]
 
     def _has(self, number: int, node: Node) -> bool:
         clock, sent = self._clocks.get(number), node.sent.get(number)

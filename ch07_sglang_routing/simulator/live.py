@@ -25,6 +25,7 @@ from ch07_sglang_routing.simulator.run import Chooser, Counts, Played
 from ch07_sglang_routing.simulator.traces import Asked, Trace
 
 PATH = "/v1/completions"
+PAUSE_S = 0.2  # between measurements, on average: caches are as cold then, and cores as asleep, as in a trace
 
 
 def prompt(asked: Asked, ids: np.ndarray) -> list[int]:
@@ -141,10 +142,12 @@ async def measure(
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(server.url, concurrency=max(batches))) for server in servers]
         for length in prompts:
+            due_s = await _moment(rng)
             told = await _together(clients, servers, ids, rng, 1, length, 1)
             terms = (1.0, length, length * (length + 1) / 2, 0.0, 0.0, 1.0)
-            into.setdefault(terms, []).extend(times.ttft_s for times in told)
+            into.setdefault(terms, []).extend(times.arrivals_s[0] - due_s for times in told)
         for batch, context in itertools.product(batches, contexts):
+            await _moment(rng)
             told = await _together(clients, servers, ids, rng, batch, context, tokens)
             terms = (1.0, 0.0, 0.0, batch, batch * (context + (begin + tokens) / 2), 0.0)
             into.setdefault(terms, []).extend(
@@ -153,9 +156,17 @@ async def measure(
                 if len(t.arrivals_s) > begin + 2  # a client that falls behind reads several tokens at once
             )
         for batch, length in itertools.product((2, 4), (48, 192)):
+            await _moment(rng)
             beside = [_beside(*pair, ids, rng, batch, 128, length) for pair in zip(clients, servers, strict=True)]
             terms = (1.5, length, length * (length + 1) / 2, 1.5 * batch, 1.5 * batch * 136.0, 1.0)
             into.setdefault(terms, []).extend(await asyncio.gather(*beside))
+
+
+async def _moment(rng: np.random.Generator) -> float:
+    """A while later; when that should be. As in `play` a timer's delay counts."""
+    due_s = time.perf_counter() + rng.exponential(PAUSE_S)
+    await asyncio.sleep(due_s - time.perf_counter())
+    return due_s
 
 
 async def _beside(
