@@ -39,12 +39,16 @@ Plays = dict[str, Played]
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--requests", type=script.at_least(200), default=12_000, help="of each trace")
-    parser.add_argument("--rate", type=script.positive, default=110.0, help="requests/s, on average")
+    parser.add_argument("--rate", type=script.positive, default=70.0, help="requests/s, on average")
     parser.add_argument("--workers", type=script.at_least(2), default=8)
     parser.add_argument(
         "--blocks", type=script.at_least(128), default=1024, help="of 16 tokens: each engine's KV cache"
     )
     parser.add_argument("--slower", type=script.positive, default=1.0, help="times; 1 is the nano model on two cores")
+    parser.add_argument(
+        "--request-tokens", type=script.comma_list(script.at_least(0)), default="0,16,64,256,1024",
+        help="prefill tokens that joint counts for a request in flight",
+    )  # fmt: skip
     parser.add_argument("--lags", type=script.comma_list(script.positive), default="1,3,6", help="s between scrapes")
     parser.add_argument("--leak", type=script.positive, default=0.02, help="share of one worker's requests")
     parser.add_argument("--day-requests", type=script.at_least(1000), default=120_000, help="in 24 hours")
@@ -82,6 +86,16 @@ def shares(one: Played, workers: int) -> np.ndarray:
     """Of the trace's second half, the share of requests that each worker got."""
     half = one.worker[len(one.worker) // 2 :]
     return np.bincount(half, minlength=workers) / len(half)
+
+
+def weigh(setting: Setting, args: argparse.Namespace) -> list[dict[str, float]]:
+    """The joint policy with other weights of load against cache."""
+    trace = traces.named("shared", args.requests, args.rate, args.seed)
+    rows = []
+    for weight in args.request_tokens:
+        one = run.play(trace, run.policy("joint", setting, weight), setting)
+        rows.append({"weight": weight} | {name: compare.value(name, one) for name in NAMES})
+    return rows
 
 
 def stale(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -171,6 +185,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     regrets = {policy: compare.value("e2e_ms", one) for policy, one in shared.items()}
     best = min(regrets.values())
     result |= {f"{policy}_regret": value / best - 1 for policy, value in regrets.items()}
+
+    weights = weigh(setting, args)
+    print(f"\n{'a request is worth':<20}" + "".join(f"{name:>13}" for name in NAMES.values()))
+    for row in weights:
+        print(f"{row['weight']:>6} tokens".ljust(20) + "".join(f"{row[name]:>13.4g}" for name in NAMES))
+    result["weights_e2e_ms"] = {str(row["weight"]): row["e2e_ms"] for row in weights}
 
     unshared = play("unshared", ["round_robin", "least_in_flight", "joint"], setting, args)
     print("\n" + table("nothing shared", unshared, "least_in_flight", args))

@@ -62,7 +62,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=script.positive, default=12.0, help="requests/s")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="stepped by hand, or servers")
     parser.add_argument("--rounds", type=script.at_least(1), default=3)
-    parser.add_argument("--blocks", type=script.at_least(64), default=256, help="of 16 tokens, a server")
+    parser.add_argument("--blocks", type=script.at_least(256), default=256, help="of 16 tokens, a server")
     parser.add_argument("--tolerance", type=script.positive, default=0.15, help="allowed |simulated / live - 1|")
     return parser.parse_args(argv)
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = Config("", num_blocks=args.blocks, max_num_seqs=16, max_num_batched_tokens=256)
     names = ("num_blocks", "max_num_seqs", "max_num_batched_tokens")
     options = {name: getattr(config, name) for name in names} | {"max_model_len": 1024, "device": args.device}
-    setting, ids = Setting(workers=args.workers, config=config), load.usable_ids(Path(model))
+    setting, ids = Setting(workers=args.workers, config=config, recur=False), load.usable_ids(Path(model))
     if args.clock == "cpu":
         engines = [Engine(Config(str(model), **options | {"device": "cpu"})) for _ in range(args.workers)]
         torch.set_num_threads(1)

@@ -93,7 +93,8 @@ def in_runs(trace: list[Asked], config: Config, physics: Physics) -> dict[str, l
     first_s, finish_s = [np.nan] * len(trace), [np.nan] * len(trace)
     engine = Engine(physics, config, first_s.__setitem__, finish_s.__setitem__)
     sequences = [
-        Sequence(i, asked.prompt, asked.output, asked.hashes(i, config.block_size)) for i, asked in enumerate(trace)
+        Sequence(i, asked.prompt, asked.output, asked.hashes(i, config.block_size, recur=False))
+        for i, asked in enumerate(trace)
     ]
     for asked, sequence in zip(trace, sequences, strict=True):
         while engine.wake_s <= asked.at_s:
@@ -140,13 +141,13 @@ def setting(**options: object) -> run.Setting:
 
 @pytest.fixture(scope="module")
 def shared() -> dict[str, run.Played]:
-    trace = traces.named("shared", 2500, 110, seed=3)
+    trace = traces.named("shared", 2500, 70, seed=3)
     played = {name: run.play(trace, run.policy(name, setting()), setting()) for name in POLICIES}
     return played | {"informed": run.play(trace, run.Informed(setting().physics), setting())}
 
 
 def test_every_request_is_answered_and_nothing_is_made_up(shared: dict[str, run.Played]) -> None:
-    trace = traces.named("shared", 2500, 110, seed=3)
+    trace = traces.named("shared", 2500, 70, seed=3)
     for name, one in shared.items():
         assert np.isfinite(one.e2e_s).all(), name
         assert (one.e2e_s >= one.ttft_s).all()
@@ -159,13 +160,13 @@ def test_every_request_is_answered_and_nothing_is_made_up(shared: dict[str, run.
         for asked, cached in zip(trace, one.cached.tolist(), strict=True):
             known = max(seen.get(asked.session, 0), asked.shared if asked.system in systems else 0)
             assert cached <= known, name
-            seen[asked.session] = max(seen.get(asked.session, 0), asked.prompt)
+            seen[asked.session] = max(seen.get(asked.session, 0), asked.prompt + asked.output)
             systems.add(asked.system)
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
     def once(seed: int) -> bytes:
-        trace = traces.named("bursty", 400, 110, seed)
+        trace = traces.named("bursty", 400, 70, seed)
         one = run.play(trace, run.policy("joint", setting()), setting(scrape_s=2.0, leaks=(1, 0.1)))
         return one.e2e_s.tobytes() + one.worker.tobytes() + one.cached.tobytes()
 
@@ -173,7 +174,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 
 
 def test_a_known_assignment_is_played_again_to_the_same_result(shared: dict[str, run.Played]) -> None:
-    again = run.play(traces.named("shared", 2500, 110, seed=3), run.Fixed(shared["joint"].worker.tolist()), setting())
+    again = run.play(traces.named("shared", 2500, 70, seed=3), run.Fixed(shared["joint"].worker.tolist()), setting())
     assert again.e2e_s.tobytes() == shared["joint"].e2e_s.tobytes()
 
 
@@ -183,10 +184,26 @@ def test_tokens_and_hashes_say_the_same() -> None:
     for size in (1, 8, 16):
         for one, other in itertools.combinations(trace, 2):
             same = list(itertools.takewhile(lambda p: p[0] == p[1], zip(one.tokens(), other.tokens(), strict=False)))
-            names = zip(one.hashes(0, size), other.hashes(1, size), strict=False)
+            names = zip(one.hashes(0, size, recur=False), other.hashes(1, size, recur=False), strict=False)
             full = len(list(itertools.takewhile(lambda p: p[0] == p[1], names)))
             assert full == len(same) // size
-        assert all(len(a.hashes(0, size)) == (a.prompt + a.output) // size for a in trace)
+        for asked, recur in itertools.product(trace, (True, False)):
+            assert len(asked.hashes(0, size, recur=recur)) == (asked.prompt + asked.output) // size
+
+
+def test_the_next_turn_finds_the_answer_before_it() -> None:
+    config = dataclasses.replace(run.CONFIG, block_size=4, num_blocks=2**16)
+    trace = traces.sessions(40, 0.01, np.random.default_rng(0), turns=4.0, think_s=1e4)  # nothing runs beside another
+    before: dict[str, Asked] = {}
+    found = run.play(trace, run.policy("round_robin", one := run.Setting(workers=1, config=config)), one)
+    lost = run.play(trace, run.policy("round_robin", other := dataclasses.replace(one, recur=False)), other)
+    for asked, cached, less in zip(trace, found.cached, lost.cached, strict=True):
+        last = before.get(asked.session)
+        known = last.prompt + last.output - 1 if last else 0  # the last token of an answer is not computed
+        assert cached == known // 4 * 4
+        assert less == (last.prompt // 4 * 4 if last else 0)
+        before[asked.session] = asked
+    assert len(before) < len(trace)
 
 
 def test_a_queue_of_one_server_waits_as_pollaczek_and_khinchine_say() -> None:
@@ -231,7 +248,7 @@ def test_joint_hits_more_than_round_robin_without_a_longer_tail(shared: dict[str
 
 @pytest.mark.parametrize("seed", range(3))
 def test_joint_is_no_worse_than_least_in_flight_where_nothing_is_shared(seed: int) -> None:
-    trace = traces.named("unshared", 2500, 110, seed)
+    trace = traces.named("unshared", 2500, 70, seed)
     one, other = (run.play(trace, run.policy(name, setting()), setting()) for name in ("joint", "least_in_flight"))
     assert one.hit_rate == other.hit_rate == 0
     assert compare.ratio("e2e_ms", one, other).high < 1.01
@@ -240,7 +257,7 @@ def test_joint_is_no_worse_than_least_in_flight_where_nothing_is_shared(seed: in
 
 def test_pure_prefix_routing_makes_a_hot_spot_and_joint_does_not() -> None:
     """aibrix issue 842."""
-    trace = traces.named("hot", 1500, 110, seed=0)
+    trace = traces.named("hot", 1500, 70, seed=0)
     busiest, tails = {}, {}
     for name in ("prefix", "joint"):
         one = run.play(trace, run.policy(name, setting()), setting())
@@ -253,7 +270,7 @@ def test_pure_prefix_routing_makes_a_hot_spot_and_joint_does_not() -> None:
 
 def test_old_gauges_make_herds_and_two_choices_soften_them() -> None:
     """vLLM issue 49538: gauges lag by 3 to 6 s, in which everything goes to who looked idle."""
-    trace = traces.named("shared", 1500, 110, seed=0)
+    trace = traces.named("shared", 1500, 70, seed=0)
 
     def most_in_a_second(name: str, lag_s: float | None) -> float:
         seen = setting(scrape_s=lag_s)
@@ -270,7 +287,7 @@ def test_old_gauges_make_herds_and_two_choices_soften_them() -> None:
 
 
 def test_a_counter_that_leaks_starves_its_worker() -> None:
-    trace = traces.named("shared", 3000, 110, seed=0)
+    trace = traces.named("shared", 3000, 70, seed=0)
     leaky = setting(leaks=(0, 0.1))
     one = run.play(trace, run.policy("least_in_flight", leaky), leaky)
     assert (one.worker[:200] == 0).mean() > 0.08
@@ -364,7 +381,7 @@ def test_real_engines_by_hand_find_the_prefixes_that_the_simulator_finds(tmp_pat
         40, 0.2, np.random.default_rng(0), systems=3, system_tokens=18, turns=2.0, longest=80, new_tokens="2-9",
         output_tokens="2-5",
     )  # fmt: skip
-    two = run.Setting(workers=2, config=config)
+    two = run.Setting(workers=2, config=config, recur=False)
     engines = [RealEngine(config) for _ in range(2)]
     for name in ("round_robin", "joint"):
         real = by_hand.play(trace, run.policy(name, two), engines, np.arange(1, 300))

@@ -69,7 +69,7 @@ def play(trace: Trace, chooser: Chooser, engines: Sequence[Engine], ids: np.ndar
         counts[worker].in_flight += 1
         counts[worker].pending_tokens += pending[index]
         if not engines[worker].has_work:
-            clocks[worker] = asked.at_s
+            clocks[worker] = max(clocks[worker], asked.at_s)  # its last step may still be running
         engines[worker].add(prompt(asked, ids), SamplingParams.exactly(asked.output), request_id=str(index))
     advance(np.inf)
     at_s = np.array([asked.at_s for asked in trace])

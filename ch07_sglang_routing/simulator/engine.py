@@ -26,8 +26,8 @@ IDLE = math.inf
 
 @dataclass(frozen=True)
 class Physics:
-    """Seconds of a step: a sum of what it computes. live.py measures the coefficients on servers; those given here are
-    about those of the nano model stepped by hand on two cores (ch06_vllm/phases.py).
+    """Seconds of a step: a sum of what it computes. The coefficients given here are about those that
+    validate_simulator.py measured of the nano model on two cores of an AMD EPYC (2026-11-27); request_s is of servers.
 
     Args:
         step_s: of any step, whatever is in it.
@@ -38,12 +38,12 @@ class Physics:
         request_s: between the client and the queue, there and back; no part of a step.
     """
 
-    step_s: float = 1.1e-3
-    prefill_token_s: float = 58e-6
-    prefill_pair_s: float = 10e-9
-    decode_seq_s: float = 90e-6
-    decode_context_s: float = 0.5e-6
-    request_s: float = 3e-3
+    step_s: float = 1.5e-3
+    prefill_token_s: float = 56e-6
+    prefill_pair_s: float = 140e-9
+    decode_seq_s: float = 60e-6
+    decode_context_s: float = 0.9e-6
+    request_s: float = 4e-3
 
     def times(self, factor: float) -> Physics:
         """An engine that takes so many times as long."""

@@ -6,6 +6,7 @@ counts, or, with `scrape_s`, the engines' gauges as they last were read.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -50,6 +51,7 @@ class Setting:
         config: of each; num_blocks must be given.
         scrape_s: None: policies see the router's own counts. Else the engines' gauges, read every so many seconds.
         leaks: (worker, share): so many of this worker's requests are never taken off the router's count.
+        recur: a session's next prompt goes on with the answer that was given (Asked.hashes).
     """
 
     physics: Physics = NANO
@@ -57,6 +59,7 @@ class Setting:
     config: Config = CONFIG
     scrape_s: float | None = None
     leaks: tuple[int, float] | None = None
+    recur: bool = True
 
 
 @dataclass
@@ -86,14 +89,17 @@ class Played:
         return float(self.output.sum() / self.end_s)
 
 
-def policy(name: str, setting: Setting) -> Chooser:
-    """A policy of the router's by name; those that look at caches are told how much the engines hold."""
+def policy(name: str, setting: Setting, request_tokens: float = 64.0) -> Chooser:
+    """A policy of the router's by name; those that look at caches are told how much the engines hold.
+
+    request_tokens: of least_work.
+    """
     assert setting.config.num_blocks is not None
     tree = RadixTree(2**24, keeps=setting.config.num_blocks * setting.config.block_size)
     if name == "prefix":
         return CacheAware(longest_prefix, tree)
     if name == "joint":
-        return CacheAware(least_work, tree)
+        return CacheAware(functools.partial(least_work, request_tokens=request_tokens), tree)
     return POLICIES[name]()
 
 
@@ -200,7 +206,7 @@ def play(trace: Trace, chooser: Chooser | Informed, setting: Setting) -> Played:
                 gauge.pending_tokens = sum(s.tokens - s.computed for s in engine.waiting)
             scraped += 1
         advance(asked.at_s)
-        hashes = asked.hashes(index, size)
+        hashes = asked.hashes(index, size, recur=setting.recur)
         if isinstance(chooser, Informed):
             worker, matched = chooser.choose(asked, hashes, engines), 0.0
         else:

@@ -46,13 +46,19 @@ class Asked:
             found.frombytes(np.arange(begin, end, dtype=np.int64).tobytes())
         return found
 
-    def hashes(self, index: int, size: int) -> list[int]:
-        """A name for each full block of the prompt and of the answer, which nobody else has: a block's last token."""
+    def hashes(self, index: int, size: int, *, recur: bool = True) -> list[int]:
+        """A name for the content of each full block of the prompt and of the answer: its last token's number.
+
+        recur: the answer is what the session's next prompt goes on with. Else only request `index` has its blocks:
+        so it is where a real engine's answers are not those of the trace.
+        """
         first, own = self.system << BITS, self.own << BITS
         full = self.shared // size
-        begin = own + (full + 1) * size - 1 - self.shared
+        begin, end = own + (full + 1) * size - 1 - self.shared, own + self.prompt - self.shared
         names = list(range(first + size - 1, first + self.shared, size))
-        names += range(begin, own + self.prompt - self.shared, size)
+        if recur:
+            return names + list(range(begin, end + self.output, size))
+        names += range(begin, end, size)
         answer = -1 - (index << BITS)
         names += range(answer, answer - ((self.prompt + self.output) // size - len(names)), -1)
         return names
@@ -148,4 +154,4 @@ TRACES: dict[str, dict] = {
 
 
 def named(name: str, requests: int, rate: float, seed: int) -> list[Asked]:
-    return sessions(requests, rate, np.random.default_rng((seed, len(name))), **TRACES[name])
+    return sessions(requests, rate, np.random.default_rng((seed, list(TRACES).index(name))), **TRACES[name])
