@@ -2,7 +2,7 @@
 
 You learn   to predict a request's latency from a step's formula and your own count of what is in flight, how wrong that
             is, and why; what routing by class gains and where it queues; dollars per million tokens beside latency
-Laptop      python -m ch07_sglang_routing.hybrid --rounds 3
+Laptop      python -m ch07_sglang_routing.hybrid
             (without a GPU the tier called gpu is chapter 6's engine, and the tier called cpu the same engine throttled
             to a --throttle-th of its speed: ratios of latencies are about the policies, dollars about no real GPU)
 GPU node    python -m ch07_sglang_routing.hybrid --model 1b --cpu-replicas 1 --rounds 2
@@ -259,7 +259,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-replicas", type=script.at_least(1), default=2)
     parser.add_argument("--throttle", type=script.positive, default=3.0, help="without a GPU: how much slower cpu is")
     parser.add_argument("--requests", type=script.at_least(12), default=96, help="of the trace")
-    parser.add_argument("--rounds", type=script.at_least(1), default=1, help="of each policy")
+    parser.add_argument("--rounds", type=script.at_least(1), default=3, help="of each policy")
     parser.add_argument("--load", type=script.positive, default=0.6, help="of the gpu tier, if it gets everything")
     parser.add_argument("--max-num-seqs", type=script.at_least(1), default=32, help="in one step of a replica")
     parser.add_argument("--ttft-ms", type=script.positive, help="objective of interactive requests (default: 4 x idle)")
