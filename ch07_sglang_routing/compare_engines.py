@@ -218,7 +218,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=script.at_least(0), default=8, help="requests sent before, not counted")
     parser.add_argument("--prompt-tokens", type=load.lengths, default="32-256")
     parser.add_argument("--output-tokens", type=load.lengths, default="16-96", help="answers have exactly so many")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cache_tokens < args.max_len:
+        raise script.UserError(
+            f"a request of --max-len {args.max_len} does not fit into --cache-tokens {args.cache_tokens}; raise the latter"
+        )
+    return args
 
 
 if __name__ == "__main__":

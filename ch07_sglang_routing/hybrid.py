@@ -261,7 +261,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=script.at_least(12), default=96, help="of the trace")
     parser.add_argument("--rounds", type=script.at_least(1), default=3, help="of each policy")
     parser.add_argument("--load", type=script.positive, default=0.6, help="of the gpu tier, if it gets everything")
-    parser.add_argument("--max-num-seqs", type=script.at_least(1), default=32, help="in one step of a replica")
+    parser.add_argument(
+        "--max-num-seqs",
+        type=script.at_least(1),
+        default=32,
+        help="in one step of a replica; with --url as its servers have it",
+    )
     parser.add_argument("--ttft-ms", type=script.positive, help="objective of interactive requests (default: 4 x idle)")
     parser.add_argument("--usd-per-h-gpu", type=script.positive, default=2.5, help="of a replica: your price")
     parser.add_argument("--usd-per-h-cpu", type=script.positive, default=0.35, help="likewise")

@@ -58,7 +58,7 @@ def figures(runs: list[list[Done]], usd_per_h: Mapping[str, float], replicas: Se
     used = {one.tier for one in every}
     rented = sum(usd_per_h[replica.tier] for replica in replicas if replica.tier in used)
     tokens = sum(one.prompt + one.output for one in every if not one.error)
-    length_s = sum(max(one.sent_s + one.e2e_s for one in run if not one.error) for run in runs)
+    length_s = sum(max((one.sent_s + one.e2e_s for one in run if not one.error), default=0.0) for run in runs)
     busy_usd = 0.0
     for run in runs:
         for replica in replicas:
@@ -90,9 +90,8 @@ def prediction_error(turns: Sequence[Sequence[Done]], replicas: Sequence[Replica
     pairs: dict[str, list[tuple[Prediction, Done]]] = {"": [], "_hindsight": []}
     for done in turns:
         for replica in replicas:
-            own = sorted((one for one in done if one.replica == replica.name), key=lambda one: one.sent_s)
-            if any(one.error for one in own):
-                continue  # how long it took the engine's time is not known
+            answered = [one for one in done if one.replica == replica.name and not one.error]
+            own = sorted(answered, key=lambda one: one.sent_s)
             known = tiers.hindsight(
                 replica.physics, replica.config, [(one.sent_s, one.prompt, one.output) for one in own]
             )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ch07_sglang_routing import compare_engines
+from common.script import UserError
 from tests.openai_fake import FakeServer
 
 IDS = np.arange(5, 2000)
@@ -105,3 +106,8 @@ def test_settings_hold_the_command_and_the_variables_that_it_got() -> None:
     child = SimpleNamespace(command=["python", "-m", "engine", "--port", "1"])
     found = compare_engines.settings_of(SimpleNamespace(engine="ours", child=child, env={"OMP_NUM_THREADS": "1"}))
     assert found == {"versions": {}, "command": child.command, "environment": {"OMP_NUM_THREADS": "1"}}
+
+
+def test_a_cache_in_which_a_request_does_not_fit_is_one_line(args: compare_engines.argparse.Namespace) -> None:
+    with pytest.raises(UserError, match="does not fit into --cache-tokens 1024"):
+        compare_engines.parse_args(["--engine", "ours", "--max-len", "2048", "--cache-tokens", "1024"])
