@@ -221,7 +221,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cache_tokens < args.max_len:
         raise script.UserError(
-            f"a request of --max-len {args.max_len} does not fit into --cache-tokens {args.cache_tokens}; raise the latter"
+            f"a request of --max-len {args.max_len} does not fit into --cache-tokens {args.cache_tokens}; raise that"
         )
     return args
 
