@@ -127,13 +127,15 @@ class Fleet:
                 tasks.append(group.create_task(self.send(planned, request, policy, began)))
         return [task.result() for task in tasks]
 
-    async def calibrate(self, rng: np.random.Generator) -> None:
-        """Each replica's physics, one after the other; the first round of probes warms up."""
+    async def calibrate(self, rng: np.random.Generator, rounds: int = 3) -> None:
+        """Each replica's physics, one after the other, from several rounds of probes; one before them warms up."""
         for replica in self.replicas:
-            place = Place(self.clients[replica.name].url, self.model)
-            for samples in ({}, {}):
+            place, samples = Place(self.clients[replica.name].url, self.model), {}
+            await live.measure([place], self.ids, {}, rng)
+            for _ in range(rounds):
                 await live.measure([place], self.ids, samples, rng)
-            replica.physics = live.fit(samples)
+            # A client that was held up reads all tokens at once: no time between them is no measurement.
+            replica.physics = live.fit({terms: found for terms, found in samples.items() if sum(found)})
             terms = ", ".join(f"{name[:-2]} {1e3 * value:.3g}" for name, value in asdict(replica.physics).items())
             print(f"{replica.name}: ms {terms}", flush=True)
 
