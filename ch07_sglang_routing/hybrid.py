@@ -127,17 +127,22 @@ class Fleet:
                 tasks.append(group.create_task(self.send(planned, request, policy, began)))
         return [task.result() for task in tasks]
 
-    async def calibrate(self, rng: np.random.Generator, rounds: int = 3) -> None:
-        """Each replica's physics, one after the other, from several rounds of probes; one before them warms up."""
-        for replica in self.replicas:
-            place, samples = Place(self.clients[replica.name].url, self.model), {}
-            await live.measure([place], self.ids, {}, rng)
-            for _ in range(rounds):
-                await live.measure([place], self.ids, samples, rng)
+    async def calibrate(self, rng: np.random.Generator, rounds: int) -> None:
+        """Each replica's physics, of all at once: in the trace too they share the machine. A round before warms up."""
+        measured = await asyncio.gather(*(self._probe(replica, rng, rounds) for replica in self.replicas))
+        for replica, samples in zip(self.replicas, measured, strict=True):
             # A client that was held up reads all tokens at once: no time between them is no measurement.
             replica.physics = live.fit({terms: found for terms, found in samples.items() if sum(found)})
             terms = ", ".join(f"{name[:-2]} {1e3 * value:.3g}" for name, value in asdict(replica.physics).items())
             print(f"{replica.name}: ms {terms}", flush=True)
+
+    async def _probe(self, replica: Replica, rng: np.random.Generator, rounds: int) -> live.Samples:
+        place = Place(self.clients[replica.name].url, self.model)
+        samples: live.Samples = {}
+        await live.measure([place], self.ids, {}, rng)
+        for _ in range(rounds):
+            await live.measure([place], self.ids, samples, rng)
+        return samples
 
 
 def make_trace(replicas: Sequence[Replica], args: argparse.Namespace, rng: np.random.Generator) -> list[Planned]:
@@ -205,7 +210,7 @@ async def compare(
         config = Config("", **limits(args, "_"))
         replicas = [Replica(name, tier, Physics(), config) for name, tier, _ in addresses]
         fleet = Fleet(replicas, clients, model, ids)
-        await fleet.calibrate(rng)
+        await fleet.calibrate(rng, args.probe_rounds)
         trace = make_trace(replicas, args, rng)
         runs: dict[str, list[list[Done]]] = {name: [] for name in POLICIES}
         for turn in range(args.rounds):
@@ -262,6 +267,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--throttle", type=script.positive, default=3.0, help="without a GPU: how much slower cpu is")
     parser.add_argument("--requests", type=script.at_least(12), default=96, help="of the trace")
     parser.add_argument("--rounds", type=script.at_least(1), default=3, help="of each policy")
+    parser.add_argument("--probe-rounds", type=script.at_least(1), default=3, help="by which replicas are calibrated")
     parser.add_argument("--load", type=script.positive, default=0.6, help="of the gpu tier, if it gets everything")
     parser.add_argument(
         "--max-num-seqs",
