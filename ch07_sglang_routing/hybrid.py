@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -131,8 +132,9 @@ class Fleet:
         """Each replica's physics, of all at once: in the trace too they share the machine. A round before warms up."""
         measured = await asyncio.gather(*(self._probe(replica, rng, rounds) for replica in self.replicas))
         for replica, samples in zip(self.replicas, measured, strict=True):
+            medians = {terms: statistics.median(found) for terms, found in samples.items()}  # few probes, and outliers
             # A client that was held up reads all tokens at once: no time between them is no measurement.
-            replica.physics = live.fit({terms: found for terms, found in samples.items() if sum(found)})
+            replica.physics = live.fit({terms: [middle] for terms, middle in medians.items() if middle})
             terms = ", ".join(f"{name[:-2]} {1e3 * value:.3g}" for name, value in asdict(replica.physics).items())
             print(f"{replica.name}: ms {terms}", flush=True)
 
@@ -267,7 +269,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--throttle", type=script.positive, default=3.0, help="without a GPU: how much slower cpu is")
     parser.add_argument("--requests", type=script.at_least(12), default=96, help="of the trace")
     parser.add_argument("--rounds", type=script.at_least(1), default=3, help="of each policy")
-    parser.add_argument("--probe-rounds", type=script.at_least(1), default=3, help="by which replicas are calibrated")
+    parser.add_argument("--probe-rounds", type=script.at_least(1), default=4, help="by which replicas are calibrated")
     parser.add_argument("--load", type=script.positive, default=0.6, help="of the gpu tier, if it gets everything")
     parser.add_argument(
         "--max-num-seqs",

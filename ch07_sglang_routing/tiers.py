@@ -5,8 +5,8 @@ Physics), measured on each replica by requests alone (simulator/live.py). The ro
 flight, as an engine's gauges lag, and plays the steps that are to come: continuous batching with chunked prefill, in a
 step each running request gets a token, and prompts are computed in the order of their arrival as far as the step's
 budget of tokens goes. (The simulator's Engine begins with a trace and knows blocks and caches; this begins with what is
-in flight, and has some microseconds.) It fails where answers end before max_tokens, where others use the same engine,
-and above all in what it cannot know: what arrives next. `hindsight` tells how much of its error that is.
+in flight, and has some microseconds.) It fails where answers end before max_tokens, where others use the same engine or
+its cores, and in what it cannot know: what arrives next. `hindsight` tells how much of its error that is.
 """
 
 from __future__ import annotations
