@@ -2,9 +2,8 @@
 
 You learn   why an engine fuses: an operator by itself reads and writes its whole tensor, and between two products of
             matrices that traffic, not arithmetic, is the time; and which fusions are exact
-Laptop      python -m ch07_sglang_routing.fusion
-            python -m ch07_sglang_routing.fusion --compile          (torch.compile too: it takes half a minute)
-GPU node    python -m ch07_sglang_routing.fusion --compile --hidden 4096 --outputs 6144 --tokens 8192
+Laptop      python -m ch07_sglang_routing.fusion                    (--compile: torch.compile too, half a minute more)
+GPU node    python -m ch07_sglang_routing.fusion --compile --hidden 4096 --outputs 1024 --tokens 8192     (some GB)
 Cluster     nothing to do there: fusion is inside one device
 You see     bytes of each form by formula and as counted at torch's dispatcher, the same; equal outputs; times
 

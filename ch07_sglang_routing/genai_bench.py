@@ -3,16 +3,19 @@
 You learn   to run genai-bench offline and read its result; which of its figures not to take as they are; that a
             benchmark is itself to be measured, on a server of which one knows the truth
 Laptop      python -m ch07_sglang_routing.genai_bench                               (make setup-genai-bench first)
-            python -m ch07_sglang_routing.genai_bench --serve ours:nano             (or vllm:nano; without a truth)
-GPU node    python -m ch07_sglang_routing.genai_bench --serve vllm:1b --concurrency 32 --requests 400
+            python -m ch07_sglang_routing.genai_bench --serve sglang:nano           (or vllm:nano, ours:nano)
+GPU node    python -m ch07_sglang_routing.genai_bench --serve sglang:1b --concurrency 32 --requests 400
 Cluster     python -m ch07_sglang_routing.genai_bench --url http://node1:8000 --model DIR --served-model NAME
 You see     a row for each of three runs (plain, with --warmup-ratio 0.3, with failures): genai-bench's figure, ours
-            from the same raw requests, the truth; TTFT by our client beside; genai-bench.png
+            from the same raw requests, the truth; TTFT by our client beside; genai-bench.png. Of a real engine: the
+            same, after one run on the known server, by which its TTFT is corrected
 
 Why (genai-bench 0.0.5, aggregated_metrics_collector.py): the output tokens are summed without the warm-up's, and
 divided by a duration with it; failures are divided by a count of requests that is set one step later, so error_rate is
-0. Its TTFT holds its own client's lateness. Of inter-token latency and goodput it says nothing, and its file holds no
-times to compute them from: for those take chapter 6's bench_serve.
+0. A run is stopped in the middle of as many requests as are in flight, and what was served of them is not counted. Its
+TTFT holds what its own client takes (a new connection for each request, threads of one process): no time in its file
+tells how much, but a server of known truth does. Of inter-token latency and goodput it says nothing, and its file holds
+no times to compute them from: for those take chapter 6's bench_serve.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ import numpy as np
 
 from ch06_vllm import load
 from ch06_vllm.bench_serve import Load, measure
-from ch06_vllm.started import engine_and_model, folder_of, server
+from ch06_vllm.started import HELP, engine_and_model, folder_of, server
+from ch07_sglang_routing import sglang_engine  # noqa: F401  it is an engine from here on
 from ch07_sglang_routing.known_truth import KnownServer, Truth
 from common import process, script
 from common.bootstrap import engine_environment
@@ -55,7 +59,8 @@ class Reported:
 def read_result(text: str) -> Reported:
     """A result file of genai-bench (one scenario at one concurrency).
 
-    Ours: error_rate = failed / all; rates are of all completed requests, the warm-up's too, over the whole duration.
+    Ours: error_rate = failed / all. Rates are over the whole duration, of all completed requests, the warm-up's too,
+    and of half of each that was cut off at the end: as many as the concurrency, and on average half of one was served.
 
     Raises:
         UserError: it is no such file.
@@ -67,14 +72,16 @@ def read_result(text: str) -> Reported:
         done = [one for one in raw if not one["error_code"]]
         duration_s = told["run_duration"] * to_ms / 1e3
         ttfts_ms = tuple(one["ttft"] * to_ms for one in done)
+        served = len(done) + told["num_concurrency"] / 2
+        tokens = sum(one["num_output_tokens"] for one in done) / len(done)
         return Reported(
             requests=len(raw),
             error_rate=told["error_rate"],
             tokens_per_s=told["mean_output_throughput_tokens_per_s"],
             ttft_ms_p50=told["stats"]["ttft"]["p50"] * to_ms,
             own_error_rate=1 - len(done) / len(raw),
-            own_tokens_per_s=sum(one["num_output_tokens"] for one in done) / duration_s,
-            own_requests_per_s=len(done) / duration_s,
+            own_tokens_per_s=served * tokens / duration_s,
+            own_requests_per_s=served / duration_s,
             ttfts_ms=ttfts_ms,
         )
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -117,15 +124,23 @@ def our_ttft_ms(url: str, model: Path, args: argparse.Namespace) -> float:
     return figures["ttft_ms_p50"]
 
 
-def row(name: str, told: Reported, truth: Truth | None) -> str:
-    true = (truth.error_rate, truth.tokens_per_s, 1e3 * float(np.median(truth.ttft_s))) if truth else None
-    values = [told.error_rate, told.own_error_rate, true[0] if true else math.nan, told.tokens_per_s]
-    values += [told.own_tokens_per_s, true[1] if true else math.nan, told.ttft_ms_p50, true[2] if true else math.nan]
-    return f"{name:<10}" + "".join(f"{value:>12.3g}" for value in values)
+def median_ms(truth: Truth) -> float:
+    return 1e3 * float(np.median(truth.ttft_s))
+
+
+def row(name: str, told: Reported, truth: Truth | None, excess_ms: float) -> str:
+    """excess_ms: what genai-bench's TTFT was above the truth on the known server, or NaN."""
+    error_rate, tokens_per_s, ttft_ms = (
+        (truth.error_rate, truth.tokens_per_s, median_ms(truth)) if truth else (math.nan,) * 3
+    )
+    values = [told.error_rate, told.own_error_rate, error_rate, told.tokens_per_s, told.own_tokens_per_s, tokens_per_s]
+    values += [told.ttft_ms_p50, told.ttft_ms_p50 - excess_ms, ttft_ms]
+    return f"{name:<10}" + "".join(f"{'-' if math.isnan(value) else f'{value:.3g}':>12}" for value in values)
 
 
 HEADER = f"{'run':<10}" + "".join(
-    f"{title:>12}" for title in ("error rate", "ours", "true", "tokens/s", "ours", "true", "TTFT p50 ms", "true")
+    f"{title:>12}"
+    for title in ("error rate", "ours", "true", "tokens/s", "ours", "true", "TTFT p50 ms", "ours", "true")
 )
 RUNS: dict[str, tuple[list[str], dict[str, int]]] = {
     "plain": ([], {}),
@@ -158,45 +173,56 @@ def main(argv: list[str] | None = None) -> dict:
     found: dict[str, Reported] = {}
     truths: dict[str, Truth] = {}
     print(HEADER, flush=True)
+    excess_ms = math.nan
+    for name in ("plain",) if args.serve or args.url else RUNS:
+        extra, faults = RUNS[name]
+        with KnownServer(TTFT_S, GAP_S, **faults) as known:
+            out = running.path("genai") / name
+            found[name] = run_genai_bench(known.url, "known", folder_of("nano"), out, args, extra)
+            truths[name] = known.truth
+        print(row(name, found[name], truths[name], excess_ms), flush=True)
+        if name == "plain":
+            excess_ms = found[name].ttft_ms_p50 - median_ms(truths[name])
+    measured = found["plain"]
     if args.serve or args.url:
         tokenizer = args.model or folder_of(args.serve[1])
         with server(args.serve) if args.serve else contextlib.nullcontext() as started:
             url, name = (started.url, started.model) if started else (args.url, args.served_model)
-            found["plain"] = run_genai_bench(url, name, tokenizer, running.path("genai") / "plain", args)
+            label = args.serve[0] if args.serve else "server"
+            measured = found[label] = run_genai_bench(url, name, tokenizer, running.path("genai") / label, args)
             ours_ms = our_ttft_ms(url, tokenizer, args)
-        print(row("plain", found["plain"], None))
+        print(row(label, measured, None, excess_ms))
     else:
-        tokenizer = folder_of("nano")
-        for name, (extra, faults) in RUNS.items():
-            with KnownServer(TTFT_S, GAP_S, **faults) as known:
-                found[name] = run_genai_bench(known.url, "known", tokenizer, running.path("genai") / name, args, extra)
-                truths[name] = known.truth
-            print(row(name, found[name], truths[name]), flush=True)
         with KnownServer(TTFT_S, GAP_S) as known:
-            ours_ms = our_ttft_ms(known.url, tokenizer, args)
+            ours_ms = our_ttft_ms(known.url, folder_of("nano"), args)
     print(f"TTFT p50 by chapter 6's client: {ours_ms:.1f} ms")
     draw(running.path("genai-bench.png"), found, truths)
-    plain = found["plain"]
     result = {
-        "requests": plain.requests, "error_rate": plain.own_error_rate, "tokens_per_s": plain.own_tokens_per_s,
-        "requests_per_s": plain.own_requests_per_s,
-        "ttft_ms_p50_theirs": plain.ttft_ms_p50, "ttft_ms_p50_ours": ours_ms,
+        "requests": measured.requests, "error_rate": measured.own_error_rate,
+        "tokens_per_s": measured.own_tokens_per_s, "requests_per_s": measured.own_requests_per_s,
+        "ttft_ms_p50_theirs": measured.ttft_ms_p50, "ttft_ms_p50_client": ours_ms, "ttft_ms_excess": excess_ms,
     }  # fmt: skip
-    if truths:
-        warm, failed = found["warm-up"], found["failures"]
+    for name, truth in truths.items():
+        label, told = name.replace("-", ""), found[name]
         result |= {
-            "ttft_ms_p50_true": 1e3 * float(np.median(truths["plain"].ttft_s)),
-            "warmup_over_all": warm.tokens_per_s / warm.own_tokens_per_s,
-            "failures_reported": failed.error_rate,
-            "failures_ours": failed.own_error_rate,
-            "failures_true": truths["failures"].error_rate,
+            f"{label}_tokens_theirs_over_true": told.tokens_per_s / truth.tokens_per_s,
+            f"{label}_tokens_ours_over_true": told.own_tokens_per_s / truth.tokens_per_s,
+            f"{label}_ttft_ms_p50_true": median_ms(truth),
         }
+        if name != "plain":
+            result[f"{label}_ttft_ms_p50_ours"] = told.ttft_ms_p50 - excess_ms
+    if "failures" in truths:
+        rates = (found["failures"].error_rate, found["failures"].own_error_rate, truths["failures"].error_rate)
+        result |= dict(zip(("failures_theirs", "failures_ours", "failures_true"), rates, strict=True))
+        result["failures_off"] = abs(rates[1] - rates[2])
+    else:
+        result["ttft_ms_p50_ours"] = measured.ttft_ms_p50 - excess_ms
     return result
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
-    parser.add_argument("--serve", type=engine_and_model, help="ENGINE:MODEL to start and measure, ours or vllm")
+    parser.add_argument("--serve", type=engine_and_model, help=f"start this and measure it: {HELP}")
     parser.add_argument("--url", help="of a server that runs; with --model and --served-model")
     parser.add_argument("--model", type=Path, help="the model's folder, for its tokenizer")
     parser.add_argument("--served-model", help="the name that requests use")

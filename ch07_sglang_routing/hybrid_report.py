@@ -11,6 +11,7 @@ import numpy as np
 
 from ch07_sglang_routing import tiers
 from ch07_sglang_routing.tiers import BATCH, INTERACTIVE, SHORT, Prediction, Replica
+from common.script import UserError
 
 COLUMNS = (
     ("within TTFT", "interactive_within", "{:.0%}"),
@@ -36,20 +37,28 @@ class Done:
     ttft_s: float
     e2e_s: float
     predicted: Prediction  # by which the policy chose
-    raw: Prediction  # without the correction
-    tokens: int
+    prompt: int
+    output: int
     within: bool
     error: str = ""
 
 
 def figures(runs: list[list[Done]], usd_per_h: Mapping[str, float], replicas: Sequence[Replica]) -> dict:
-    """Of one policy, over all its rounds."""
+    """Of one policy, over all its rounds.
+
+    Raises:
+        UserError: of a class, no request was answered.
+    """
     every = [one for run in runs for one in run]
     of = {kind: [one for one in every if one.kind == kind and not one.error] for kind in (INTERACTIVE, SHORT, BATCH)}
+    for kind, answered in of.items():
+        if not answered:
+            said = next((one.error for one in every if one.kind == kind), "there was none")
+            raise UserError(f"no {kind} request was answered ({said}); see the servers' logs")
     used = {one.tier for one in every}
     rented = sum(usd_per_h[replica.tier] for replica in replicas if replica.tier in used)
-    tokens = sum(one.tokens for one in every)
-    length_s = sum(max(one.sent_s + one.e2e_s for one in run if not one.error) for run in runs)
+    tokens = sum(one.prompt + one.output for one in every if not one.error)
+    length_s = sum(max((one.sent_s + one.e2e_s for one in run if not one.error), default=0.0) for run in runs)
     busy_usd = 0.0
     for run in runs:
         for replica in replicas:
@@ -72,17 +81,28 @@ def figures(runs: list[list[Done]], usd_per_h: Mapping[str, float], replicas: Se
     }  # fmt: skip
 
 
-def prediction_error(done: Sequence[Done]) -> dict[str, float]:
-    """Predicted over measured: its median is the bias; the median of how far it is off. raw: before the correction."""
+def prediction_error(turns: Sequence[Sequence[Done]], replicas: Sequence[Replica]) -> dict[str, float]:
+    """Predicted over measured: its median is the bias; the median of how far it is off.
+
+    hindsight: the same engine played with all that was sent to a replica in a turn. What it is off by is the model's
+    error, and what the machine does besides; the rest of the prediction's is what came after it was made.
+    """
+    pairs: dict[str, list[tuple[Prediction, Done]]] = {"": [], "_hindsight": []}
+    for done in turns:
+        for replica in replicas:
+            answered = [one for one in done if one.replica == replica.name and not one.error]
+            own = sorted(answered, key=lambda one: one.sent_s)
+            known = tiers.hindsight(
+                replica.physics, replica.config, [(one.sent_s, one.prompt, one.output) for one in own]
+            )
+            pairs[""] += [(one.predicted, one) for one in own]
+            pairs["_hindsight"] += zip(known, own, strict=True)
     found = {}
-    for name in ("ttft", "e2e"):
-        for kind in ("predicted", "raw"):
-            said = [
-                getattr(getattr(one, kind), f"{name}_s") / getattr(one, f"{name}_s") for one in done if not one.error
-            ]
-            label = name if kind == "predicted" else f"{name}_raw"
-            found[f"{label}_over_measured"] = float(np.median(said))
-            found[f"{label}_error_p50"] = float(np.median(np.abs(np.array(said) - 1)))
+    for kind, each in pairs.items():
+        for name in ("ttft", "e2e"):
+            said = [getattr(predicted, f"{name}_s") / getattr(one, f"{name}_s") for predicted, one in each]
+            found[f"{name}{kind}_over_measured"] = float(np.median(said))
+            found[f"{name}{kind}_error_p50"] = float(np.median(np.abs(np.array(said) - 1)))
     return found
 
 

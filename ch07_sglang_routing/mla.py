@@ -3,7 +3,9 @@
 You learn   what DeepSeek-V2 keeps for a token instead of keys and values, how its up-projections are absorbed into the
             query and the output, and what that trades: fewer bytes, more arithmetic
 Laptop      python -m ch07_sglang_routing.mla
-GPU node    python -m ch07_sglang_routing.mla --preset deepseek-v2 --context 32768
+GPU node    python -m ch07_sglang_routing.mla --preset deepseek-v2 --context 32768 --batch 1
+            (full keys and values of one layer in float32 are 5 GiB, and twice that while they are made; a --batch of 4
+            takes four times as much)
 Cluster     nothing to do there: the cache of a token lies on one device, or a copy of it on each tensor parallel rank
 You see     bytes a token by formula and as the tensors have them; equal outputs in float64; the time of a decode step
 

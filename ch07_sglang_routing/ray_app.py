@@ -56,7 +56,7 @@ class Arguments(BaseModel):
     name="Engine",
     autoscaling_config=AUTOSCALING,
     max_ongoing_requests=64,  # of one replica; what is beyond waits in the proxy
-    graceful_shutdown_timeout_s=60,
+    graceful_shutdown_timeout_s=30,
     graceful_shutdown_wait_loop_s=0.2,
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},  # torch gets as many threads
@@ -73,7 +73,8 @@ class Replica:
 
         folder = str(folder_of(model))
         check_model(folder)
-        args, config = parse_args(["--model", folder, "--served-model-name", Path(model).name, *flags(settings)])
+        own = {"served-model-name": Path(model).name, "device": "cpu"}  # Ray leaves a node's GPUs visible to it
+        args, config = parse_args(["--model", folder, *flags(settings | own)])
         self.engine = AsyncEngine(Engine(config), args.served_model_name)
         self.engine.start()
         self.service = Service(self.engine, args)

@@ -6,6 +6,7 @@ with cluster(cpus=4), deployed(Arguments(model="nano")) as url:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -37,8 +38,9 @@ OBJECT_STORE_BYTES = 80 * 2**20  # near the least that Ray takes: requests and a
 
 
 @contextlib.contextmanager
-def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
-    """Ray on this host with ports and files of its own, ended with the block, and also when this process is killed.
+def cluster(cpus: int = 4, address: str | None = None) -> Iterator[str]:
+    """Ray on this host with ports of its own and a folder, which is what comes; both end with the block, and also when
+    this process is killed.
 
     `cpus` are what replicas may ask for, whether the machine has so many or not. `address`: a cluster that runs,
     HOST:6379; it is left as it is.
@@ -54,7 +56,7 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
-    with own_processes(), tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with own_processes() as folder:
         own: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": folder}
         own |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
         try:
@@ -66,27 +68,36 @@ def cluster(cpus: int = 4, address: str | None = None) -> Iterator[None]:
             what = f"the Ray cluster at {address} cannot be used" if address else "Ray does not start"
             raise UserError(f"{what} ({' '.join(str(error).split())[:160]}); see what `ray status` says") from None
         try:
-            yield
+            yield folder
         finally:
             ray.shutdown()
 
 
+# As process.GUARD, and the folder goes with the processes that write there.
+GUARD = f"""{process.GUARD}
+import shutil
+shutil.rmtree(sys.argv[3], ignore_errors=True)
+"""
+
+
 @contextlib.contextmanager
-def own_processes() -> Iterator[None]:
-    """What is started in the block ends with it, as with process.Child: Ray's agents outlive a killed driver."""
+def own_processes() -> Iterator[str]:
+    """A folder for what is started in the block. Both end with it, as with process.Child: Ray's agents and its files
+    outlive a killed driver."""
     mark = f"RAY_{uuid.uuid4().hex}"
-    guard = subprocess.Popen(
-        [sys.executable, "-c", process.GUARD, mark, str(process.ROOT)],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    os.environ[mark] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[mark]
-        process.kill_marked(mark)
-        guard.kill()
-        guard.communicate()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, mark, str(process.ROOT), folder],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.environ[mark] = "1"
+        try:
+            yield folder
+        finally:
+            del os.environ[mark]
+            process.kill_marked(mark)
+            guard.kill()
+            guard.communicate()
 
 
 def check_address(address: str) -> None:
@@ -117,7 +128,8 @@ def deployed(arguments: Arguments, timeout_s: float = 300, **options: Any) -> It
         deploy(arguments, timeout_s, **options)
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.delete(APP)  # once its replicas have drained
+        with contextlib.suppress(TimeoutError):  # Serve waits for 60 s; the cluster's end ends what is left
+            serve.delete(APP)  # once its replicas have drained, for graceful_shutdown_timeout_s at most
 
 
 def deploy(arguments: Arguments, timeout_s: float = 300, **options: Any) -> None:
@@ -128,7 +140,7 @@ def deploy(arguments: Arguments, timeout_s: float = 300, **options: Any) -> None
 
     app = ray_app.application(arguments, **options)
     serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
-    wait_for(lambda: state() == "RUNNING", timeout_s, "the application runs")
+    asyncio.run(until(lambda: state() == "RUNNING", "the application runs", timeout_s))
 
 
 def state() -> str:
@@ -158,21 +170,21 @@ def states() -> dict[str, int]:
     return {name: counts.get(name, 0) for name in ("STARTING", "RUNNING", "STOPPING")}
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Until the condition holds.
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+    """Until the condition holds. It may block for a moment: it is looked at in a thread.
 
     Raises:
         UserError: it does not in time; with the states of the replicas.
     """
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not await asyncio.to_thread(condition):
         if time.monotonic() > deadline:
             seen = ", ".join(f"{count} {name}" for name, count in states().items())
             raise UserError(
-                f"waited {timeout_s:g} s until {what}; replicas: {seen}. See whether the machine is busy, or has the "
-                "CPUs that they ask for"
+                f"waited {timeout_s:g} s until {what}; replicas: {seen}. See whether the machine is busy, has the "
+                "CPUs that they ask for, and whether more requests are in flight than target_ongoing_requests"
             )
-        time.sleep(0.2)
+        await asyncio.sleep(0.1)
 
 
 def processes() -> list[psutil.Process]:

@@ -5,7 +5,8 @@ You learn   what the autoscaler looks at (requests in flight) and how late it is
 Laptop      python -m ch07_sglang_routing.ray_scaling                        (a Ray cluster of its own)
 GPU node    the same: it is about CPUs
 Cluster     python -m ch07_sglang_routing.ray_scaling --address HOST:6379 --url http://HOST:8000 --high 48
-            (the application of configs/ray_serve.yaml; nothing is killed there)
+            (on a node of that cluster, as Ray connects to its own node's processes; the application is that of
+            configs/ray_serve.yaml, and nothing is killed there)
 You see     scaling.png: users, requests in flight, replicas and TTFT over time; a row for each stage. Half of the
             requests stream. Of a killed replica's requests those that do not stream are asked again by the client; a
             stream that has begun is cut, and counted
@@ -34,7 +35,6 @@ from ch06_vllm.started import folder_of
 from ch07_sglang_routing import ray_local
 from common import script
 
-PATIENCE_S = 240.0
 STATES = ("RUNNING", "STARTING", "STOPPING")
 
 
@@ -125,25 +125,24 @@ class Seen:
     users: Users
     rows: list[tuple[float, int, int, int, int, int]] = field(default_factory=list)
 
-    async def look(self) -> None:
-        states = await asyncio.to_thread(ray_local.states)
-        users = self.users
+    def look(self) -> None:
+        states, users = ray_local.states(), self.users
         self.rows.append((users.now_s, users.wanted, users.in_flight, *(states[name] for name in STATES)))
 
     @property
     def running(self) -> int:
         return self.rows[-1][3] if self.rows else 0
 
+    @property
+    def most(self) -> int:
+        return max(row[3] for row in self.rows)
+
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            if time.monotonic() > deadline:
-                raise script.UserError(
-                    f"waited {PATIENCE_S:g} s until {what}; {self.running} replicas run. Has the cluster CPUs for "
-                    "more, and are more requests in flight than target_ongoing_requests?"
-                )
-            await self.look()
-            await asyncio.sleep(0.2)
+        def met() -> bool:
+            self.look()
+            return condition()
+
+        await ray_local.until(met, what)
 
     async def more(self, count: int) -> None:
         """Until so many more requests have been answered."""
@@ -162,7 +161,6 @@ async def run(args: argparse.Namespace, url: str, requests: list[load.Request]) 
         await seen.more(args.requests)
         users.set("scaling up", args.high)
         await seen.until(lambda: seen.running >= args.replicas, f"{args.replicas} replicas run")
-        found["replicas_most"] = seen.running
         users.set("scaled up", args.high)
         await seen.more(args.requests)
         if processes := ray_local.processes():
@@ -183,7 +181,7 @@ async def run(args: argparse.Namespace, url: str, requests: list[load.Request]) 
         users.set("one again", args.low)
         await seen.more(args.requests)
         await users.end()
-    return users, seen, found
+    return users, seen, found | {"replicas_most": seen.most}
 
 
 def figures(asked: list[Asked], found: dict[str, Any]) -> dict:
@@ -274,7 +272,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=script.at_least(1), default=40, help="in each stage, at least")
     parser.add_argument("--prompt-tokens", type=load.lengths, default="32-96", help="128, 64-256, lognormal:128,0.8")
     parser.add_argument("--output-tokens", type=load.lengths, default="32-96", help="likewise")
-    parser.add_argument("--address", help="of a Ray cluster that runs, HOST:6379; with --url")
+    parser.add_argument("--address", help="HOST:6379 of the cluster that this node is in; with --url")
     parser.add_argument("--url", help="of the application there, http://HOST:8000")
     args = parser.parse_args(argv)
     if bool(args.address) != bool(args.url):

@@ -19,18 +19,23 @@ import itertools
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import openai
 
 from ch06_vllm.client import Answer, Client
-from ch06_vllm.scrape import Metrics
+from ch06_vllm.scrape import scrape
 from ch07_sglang_routing import ray_local
 from common import script
+
+if TYPE_CHECKING:
+    from ch07_sglang_routing.ray_app import Arguments
 
 PROMPTS = ["def main(", "class Reader:\n    def ", "import os\n", "for line in "]
 GREEDY = {"temperature": 0, "ignore_eos": True}
 USAGE, RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
-PATIENCE_S = 120.0
+STREAMED = 1000  # tokens of an answer during which the version changes
 
 
 def without_serve(model: str, num_blocks: int, tokens: int) -> list[str]:
@@ -49,27 +54,22 @@ async def complete(client: Client, model: str, tokens: int) -> list[Answer]:
     return await asyncio.gather(*asked)
 
 
-async def gauges(url: str) -> tuple[float, float]:
+def gauges(url: str) -> tuple[float, float]:
     """Requests that run, and the share of KV blocks in use, of the one replica there is."""
-
-    def read() -> Metrics:
-        import urllib.request
-
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-            return Metrics(answer.read().decode())
-
-    metrics = await asyncio.to_thread(read)
+    metrics = scrape(url)
     return metrics[RUNNING], metrics[USAGE]
 
 
-async def until(condition: Callable[[tuple[float, float]], bool], url: str, what: str) -> tuple[float, float]:
+async def until(condition: Callable[[float, float], bool], url: str, what: str) -> tuple[float, float]:
     """The gauges, once they are so."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition(seen := await gauges(url)):
-        if time.monotonic() > deadline:
-            raise script.UserError(f"waited {PATIENCE_S:g} s until {what}; see whether the replica is alive")
-        await asyncio.sleep(0.05)
-    return seen
+    seen = []
+
+    def met() -> bool:
+        seen.append(gauges(url))
+        return condition(*seen[-1])
+
+    await ray_local.until(met, what)
+    return seen[-1]
 
 
 async def leave(client: Client, url: str, model: str) -> tuple[float, float, float]:
@@ -78,27 +78,52 @@ async def leave(client: Client, url: str, model: str) -> tuple[float, float, flo
     async with client.stream("/v1/completions", body) as chunks:
         async for _ in chunks:
             break
-        _, during = await until(lambda seen: seen[0] == 1 and seen[1] > 0.01, url, "the answer runs")
-    running, after = await until(lambda seen: seen[0] == 0, url, "the engine has noticed that its client has left")
+        _, during = await until(lambda running, used: running == 1 and used > 0.01, url, "the answer runs")
+    running, after = await until(
+        lambda running, _: running == 0, url, "the engine has noticed that its client has left"
+    )
     return during, running, after
 
 
-async def change(client: Client, arguments: ray_local.Arguments, tokens: int) -> tuple[list[Answer], bool]:
-    """Deploy other settings while answers stream; the answers, and whether another process serves afterwards."""
+@dataclass
+class Changed:
+    """What came of a new version while answers streamed.
+
+    Attributes:
+        answers: the streams, to their end.
+        replaced: another process serves afterwards.
+        overlapped: streams that were not at their end while their replica already stopped: it drained.
+    """
+
+    answers: list[Answer]
+    replaced: bool
+    overlapped: int
+
+
+async def change(client: Client, arguments: Arguments, tokens: int) -> Changed:
+    """Deploy other settings while answers stream, of `tokens` tokens each."""
     before = {process.pid for process in ray_local.processes()}
-    streams = asyncio.create_task(complete(client, arguments.model, tokens))
-    await until(lambda seen: seen[0] > 0, client.url, "answers run")
+    asked = [
+        asyncio.create_task(client.complete(prompt, model=arguments.model, max_tokens=tokens, **GREEDY))
+        for prompt in PROMPTS
+    ]
+    await until(lambda running, _: running == len(asked), client.url, "answers run")
     other = arguments.model_copy(update={"settings": arguments.settings | {"max-num-seqs": 16}})
-    await asyncio.to_thread(ray_local.deploy, other, num_replicas=1, autoscaling_config=None)
-    answers = await streams
-    await asyncio.to_thread(
-        ray_local.wait_for, lambda: not ray_local.states().get("STOPPING"), PATIENCE_S, "the old replica has drained"
-    )
+    deploying = asyncio.create_task(asyncio.to_thread(ray_local.deploy, other, num_replicas=1, autoscaling_config=None))
+    overlapped = 0
+    while not deploying.done():
+        states = await asyncio.to_thread(ray_local.states)
+        if states["STOPPING"]:
+            overlapped = max(overlapped, sum(not stream.done() for stream in asked))
+        await asyncio.sleep(0.05)
+    await deploying
+    answers = await asyncio.gather(*asked)
+    await ray_local.until(lambda: not ray_local.states()["STOPPING"], "the old replica has drained")
     after = {process.pid for process in ray_local.processes()}
-    return answers, bool(after) and not before & after
+    return Changed(answers, bool(after) and not before & after, overlapped)
 
 
-async def show(url: str, arguments: ray_local.Arguments, expected: list[str], tokens: int) -> dict:
+async def show(url: str, arguments: Arguments, expected: list[str], tokens: int) -> dict:
     model = arguments.model
     async with Client(url) as client, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as other:
         answers = await complete(client, model, tokens)
@@ -110,13 +135,16 @@ async def show(url: str, arguments: ray_local.Arguments, expected: list[str], to
         )  # fmt: skip
         during, running, after = await leave(client, url, model)
         print(f"a client leaves: {during:.1%} of the KV blocks were in use, {after:.1%} are")
-        streams, replaced = await change(client, arguments, 10 * tokens)
-        whole = sum(answer.completion_tokens == 10 * tokens for answer in streams)
-        print(f"a new version while {len(streams)} streams run: {whole} came whole, replica replaced: {replaced}")
+        changed = await change(client, arguments, STREAMED)
+        whole = sum(answer.completion_tokens == STREAMED for answer in changed.answers)
+        print(
+            f"a new version: {changed.overlapped} streams ran on the replica that stopped, {whole} came whole, "
+            f"replica replaced: {changed.replaced}"
+        )
     return {
         "same_tokens": same, "chat_tokens": chat.usage.completion_tokens, "kv_usage_during": during,
-        "kv_usage_left": after, "running_left": running, "streams": len(streams), "streams_whole": whole,
-        "replica_replaced": replaced,
+        "kv_usage_left": after, "running_left": running, "streams_overlapped": changed.overlapped,
+        "streams_whole": whole, "replica_replaced": changed.replaced,
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 It stands for a slower machine where there is but one. It rests rather than works longer, so that another engine beside
 it has the core to itself meanwhile.
 
-    Server(model, "throttled", {"factor": 4})        # once ENGINES has it: see hybrid.py
+    Server(model, "throttled", {"factor": 4})        # once this module is imported
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def slowed(factor: float) -> type[engine.Engine]:
 
 
 def command(model: str, port: int, options: Mapping[str, Any]) -> list[str]:
-    """For the ENGINES of ch06_vllm.servers: the option `factor`, and those of its own engine."""
+    """The option `factor` (default 2), and those of our engine."""
     python, _, _, *words = servers.own_command(model, port, {k: v for k, v in options.items() if k != "factor"})
-    return [python, "-c", START, str(options["factor"]), *words]
+    return [python, "-c", START, str(options.get("factor", 2)), *words]
 
 
 def main() -> dict:
@@ -45,3 +45,6 @@ def main() -> dict:
     factor = script.positive(sys.argv[1])
     engine.Engine = slowed(factor)  # type: ignore[misc]  # the server makes what has this name
     return server.main(sys.argv[2:])
+
+
+servers.ENGINES["throttled"] = servers.Engine("our engine, throttled", command, lambda ranks: {})

@@ -29,6 +29,7 @@ ENGINES = {
     "vllm": "ch06_vllm", "sglang": "ch07_sglang_routing",
     "routers": "ch07_sglang_routing/peers", "genai-bench": "ch07_sglang_routing/genai",
 }  # fmt: skip
+NEWEST_PYTHON = {"genai-bench": (3, 12)}  # that its packages take
 
 
 def fail(message: str) -> None:
@@ -119,6 +120,10 @@ def engine_environment(engine: str) -> Path:
 
 def set_up_engine(engine: str) -> None:
     """Make the environment of an engine, once; say where it is."""
+    newest = NEWEST_PYTHON.get(engine)
+    if newest and sys.version_info[:2] > newest:
+        wanted = ".".join(map(str, newest))
+        fail(f"{engine} takes Python {wanted} at most, this is {platform.python_version()}; make PYTHON=python{wanted}")
     target = engine_environment(engine)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

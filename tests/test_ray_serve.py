@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import psutil
@@ -18,6 +19,7 @@ import yaml
 
 from ch06_vllm import load
 from ch06_vllm.client import Client
+from ch06_vllm.engine.request import Config
 from ch07_sglang_routing import ray_local, ray_scaling, ray_serve
 from common import process
 from common.ranks import free_port
@@ -98,19 +100,23 @@ def test_without_a_cluster_at_the_address_it_is_one_line() -> None:
 DRIVER = """
 import os, signal
 from ch07_sglang_routing import ray_local
-with ray_local.cluster(1):
+with ray_local.cluster(1) as folder:
+    print(folder, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_driver_leaves_no_process_of_ray() -> None:
+def test_a_killed_driver_leaves_neither_processes_nor_files_of_ray() -> None:
     mark = "TEST_RAY_DRIVER"
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER], cwd=CONFIG.parents[2], env={**os.environ, mark: "1"}, timeout=120
-    )
+        [sys.executable, "-c", DRIVER], cwd=CONFIG.parents[2], env={**os.environ, mark: "1"}, timeout=120,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert done.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
-    while left := process.marked(mark):
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("ray-")
+    while left := process.marked(mark) or folder.exists():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
@@ -136,11 +142,51 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         serve = [sys.executable, "-m", "ray.serve.scripts", "run", str(file), "--non-blocking", "--address", address]
         done = process.run(serve, timeout_s=120, env={"RAY_USAGE_STATS_ENABLED": "0"})
         assert done.returncode == 0, done.reason()
-        ray_local.wait_for(lambda: ray_local.state() == "RUNNING", 120, "the application runs")
+        asyncio.run(ray_local.until(lambda: ray_local.state() == "RUNNING", "the application runs", 120))
         yield f"http://127.0.0.1:{port}"
         children = ray_local.processes()
     assert children
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_replica_computes_on_the_cpu_also_where_a_gpu_is_visible(
+    served_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ch06_vllm.engine import engine
+    from ch07_sglang_routing import ray_app
+
+    class Stopped(Exception):
+        pass
+
+    seen = []
+
+    def made(config: Config) -> None:
+        seen.append(config.device)
+        raise Stopped
+
+    monkeypatch.setattr(engine, "Engine", made)
+    replica = ray_app.Replica.func_or_class
+    for settings in ({}, {"device": "cuda"}):
+        with pytest.raises(Stopped):
+            asyncio.run(replica.__init__(SimpleNamespace(), str(served_model), settings))
+    assert seen == ["cpu", "cpu"]
+
+
+def test_a_serve_that_does_not_drain_in_time_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    asked = []
+
+    def slow(name: str) -> None:
+        asked.append(name)
+        raise TimeoutError
+
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(ray_local, "deploy", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "delete", slow)
+    with ray_local.deployed(None):
+        pass
+    assert asked == [ray_local.APP]
 
 
 def test_completions_and_chat_by_the_openai_client(application: str) -> None:
@@ -170,7 +216,7 @@ def test_the_first_token_comes_before_the_last_is_made(application: str) -> None
             body = {"model": "nano", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
             async with client.stream("/v1/completions", body) as chunks:
                 async for _ in chunks:
-                    return await ray_serve.gauges(application)
+                    return await asyncio.to_thread(ray_serve.gauges, application)
         raise AssertionError
 
     running, used = asyncio.run(first_and_left())
