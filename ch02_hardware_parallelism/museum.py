@@ -14,8 +14,6 @@ import argparse
 import statistics
 from dataclasses import dataclass
 
-import matplotlib
-
 from ch02_hardware_parallelism import harness
 from ch02_hardware_parallelism.bugs import BUGS, find_bug
 from ch02_hardware_parallelism.comm import Comm
@@ -98,6 +96,8 @@ def visit(name: str, args: argparse.Namespace, healthy: HealthyCurves) -> Exhibi
 
 
 def draw(exhibits: list[Exhibit], run: script.Run) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> dict:
         if reason := bug.healthy.why_not(model, bug.ranks):
             raise script.UserError(f"{name}: {reason}")
     run = script.start(__file__, args)
+    ranks.preload("ch02_hardware_parallelism.museum")  # some sixty ranks are started
     healthy: HealthyCurves = {}
     exhibits = []
     for name in names:

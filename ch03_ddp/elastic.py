@@ -43,7 +43,7 @@ class Nodes:
         words = f"last_call_timeout={self.args.last_call_s:g},keep_alive_interval=1,is_host={int(name == 'a')}"
         meet += ["--rdzv-conf", words]
         size = ["--nnodes", "1:2", "--nproc-per-node", str(self.args.ranks_a_node), "--max-restarts", "5"]
-        training = self.job.command(1, self.args.flags)[3:]  # without torchrun's own words
+        training = self.job.words(self.args.flags)
         env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.args.device != "cpu":  # each node its own GPUs
             first = "ab".index(name) * self.args.ranks_a_node

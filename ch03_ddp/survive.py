@@ -41,11 +41,16 @@ class Job:
         self.out, self.args, self.last_error = out, args, ""
 
     def command(self, ranks: int, flags: tuple[str, ...]) -> list[str]:
+        launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
+        return [*launcher, *self.words(flags)]
+
+    def words(self, flags: tuple[str, ...]) -> list[str]:
+        """The script and what it is told."""
         a = self.args
         return [
-            "torchrun", "--standalone", f"--nproc-per-node={ranks}", self.script, "--preset", a.preset,
-            "--steps", str(a.steps), "--out", str(self.out), "--save-every", str(a.save_every), "--resume", "auto",
-            "--seed", str(a.seed), "--device", a.device, "--global-batch", str(a.global_batch), "--batch-size", "2",
+            self.script, "--preset", a.preset, "--steps", str(a.steps), "--out", str(self.out),
+            "--save-every", str(a.save_every), "--resume", "auto", "--seed", str(a.seed), "--device", a.device,
+            "--global-batch", str(a.global_batch), "--batch-size", "2",
             "--seq-len", str(a.seq_len), "--dtype", a.dtype, "--dropout", str(a.dropout), "--log-every", "1",
             "--sample-tokens", "0", "--val-tokens", "1024", "--record-samples", "--run-dir", str(self.out / "run"),
             *flags,

@@ -48,8 +48,11 @@ PRESETS: dict[str, dict[str, Any]] = {  # where the memory is differs from one t
               "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": True},
 }  # fmt: skip
 SMOKE = [
-    "deep:replicate:1", "deep:full:2", "deep:full:2:recompute=block", "wide:grad:2", "words:replicate:2",
-]  # fmt: skip
+    "deep:replicate:1",
+    "deep:full:2",
+    "wide:grad:2",
+    "words:replicate:2",  # recompute=block: tests/test_fsdp_budget.py
+]
 GRID = [
     "nano:replicate:2", "nano:full:2",
     *(f"{preset}:{strategy}" for preset in ("deep", "wide", "words")

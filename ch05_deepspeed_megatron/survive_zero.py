@@ -34,8 +34,8 @@ class ZeroJob(Job):
         super().__init__(out, args)
         self.config = options.CONFIGS / f"zero{stage}.json"
 
-    def command(self, ranks: int, flags: tuple[str, ...]) -> list[str]:
-        return [*super().command(ranks, flags), "--deepspeed-config", str(self.config)]
+    def words(self, flags: tuple[str, ...]) -> list[str]:
+        return [*super().words(flags), "--deepspeed-config", str(self.config)]
 
     def preempt(self, ranks: int, at: int) -> dict:
         """SIGTERM to the ranks once `at` steps are done, as Slurm sends it. The RESULT."""
