@@ -47,12 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {  # where the memory is differs from one t
     "words": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": True},
 }  # fmt: skip
-SMOKE = [
-    "deep:replicate:1",
-    "deep:full:2",
-    "wide:grad:2",
-    "words:replicate:2",  # recompute=block: tests/test_fsdp_budget.py
-]
+# One with recomputation: tests/test_fsdp_budget.py
+SMOKE = ["deep:replicate:1", "deep:full:2", "wide:grad:2", "words:replicate:2"]
 GRID = [
     "nano:replicate:2", "nano:full:2",
     *(f"{preset}:{strategy}" for preset in ("deep", "wide", "words")
