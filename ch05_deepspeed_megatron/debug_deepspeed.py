@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.nvme_dir and not args.nvme_dir.is_dir():
         raise script.UserError(f"no folder {args.nvme_dir}; make it on the disk to look at")
     script.start(__file__, args)
+    ranks.preload("ch05_deepspeed_megatron.debug_faults", "transformers.models.llama.modeling_llama")
     skipped = {}
     if "slow-offload" in faults and (lacking := exercises.missing_for("aio")):
         faults.remove("slow-offload")
