@@ -30,8 +30,16 @@ from common.script import UserError
 
 log = get_logger()
 ADAM, AIO = "CPUAdamBuilder", "AsyncIOBuilder"
-# In a process of its own; deepspeed finds by DS_ACCELERATOR what to compile for.
-COMPILE = "import sys, deepspeed.ops.op_builder as ops; getattr(ops, sys.argv[1])().load(verbose=False)"
+# In a process of its own; deepspeed finds by DS_ACCELERATOR what to compile for. Without its -g: a debugger's tables of
+# all that torch's headers declare, again for each of ten files, are a good part of the minutes.
+COMPILE = """
+import sys
+from deepspeed.ops import op_builder
+builder = getattr(op_builder, sys.argv[1])()
+flags = builder.cxx_args()
+builder.cxx_args = lambda: [*flags, "-g0"]
+builder.load(verbose=False)
+"""
 WHAT_FOR = {ADAM: "the optimizer on the CPU (DeepSpeedCPUAdam)", AIO: "offload to a disk (libaio)"}
 
 
