@@ -189,6 +189,11 @@ def change_ranks(job: Job, alone: Job, args: argparse.Namespace) -> dict:
     }
 
 
+def counts(text: str) -> list[int]:
+    """argparse type: numbers of ranks, comma separated; none for an empty string."""
+    return script.comma_list(script.at_least(1))(text) if text else []
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     parser.add_argument("--preset", default="nano")
@@ -198,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seq-len", type=script.at_least(2), default=64)
     parser.add_argument("--dropout", type=float, default=0.1, help="needs each rank's random state")
     parser.add_argument("--ranks", type=script.at_least(2), default=2)
-    parser.add_argument("--other-ranks", type=script.comma_list(script.at_least(1)), default="1,3")
+    parser.add_argument("--other-ranks", type=counts, default="1,3", help="'': only on the same number")
     parser.add_argument("--kills", type=script.at_least(0), default=5, help="at random steps; one more comes in a save")
     parser.add_argument("--timeout-s", type=script.positive, default=300, help="for each part of a run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the part that is killed")
@@ -213,12 +218,13 @@ def main(argv: list[str] | None = None) -> dict:
         whole = alone.finish(args.ranks)
         result = kill_often(Job(folder / "killed", args), alone, args)
         result["weights_equal"] = result["weights_sha256"] == whole["weights_sha256"]
-        steady = alone
-        if (args.dropout, args.dtype) != (0.0, "fp32"):  # each rank draws for itself: other ranks, other draws
-            args.dropout, args.dtype = 0.0, "fp32"
-            steady = Job(folder / "steady", args)
-            steady.finish(args.ranks)
-        result |= change_ranks(Job(folder / "changed", args), steady, args)
+        if args.other_ranks:
+            steady = alone
+            if (args.dropout, args.dtype) != (0.0, "fp32"):  # each rank draws for itself: other ranks, other draws
+                args.dropout, args.dtype = 0.0, "fp32"
+                steady = Job(folder / "steady", args)
+                steady.finish(args.ranks)
+            result |= change_ranks(Job(folder / "changed", args), steady, args)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     run.log(**result)
