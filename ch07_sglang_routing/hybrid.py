@@ -43,7 +43,7 @@ from ch07_sglang_routing import (
 from ch07_sglang_routing.hybrid_report import Done
 from ch07_sglang_routing.simulator import compare as simulated
 from ch07_sglang_routing.simulator import live
-from ch07_sglang_routing.simulator.engine import Physics
+from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.tiers import BATCH, INTERACTIVE, POLICIES, SHORT, Ask, Flight, Prediction, Replica
 from common import script
 from common.bootstrap import gpus_visible

@@ -26,7 +26,7 @@ import numpy as np
 from ch06_vllm.engine.request import Config
 from ch07_sglang_routing.router.policies import POLICIES
 from ch07_sglang_routing.simulator import compare, run, traces
-from ch07_sglang_routing.simulator.engine import Physics
+from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.run import Played, Setting
 from common import logs, script
 

@@ -1,6 +1,6 @@
 """Two tiers of replicas, a fast dear one and a slow cheap one: how long a request would take, and where it goes.
 
-Pure functions and the counts that they need. What a step takes is the simulator's formula (simulator/engine.py,
+Pure functions and the counts that they need. What a step takes is the simulator's formula (simulator/physics.py,
 Physics), measured on each replica by requests alone (simulator/live.py). The router keeps its own count of what is in
 flight, as an engine's gauges lag, and plays the steps that are to come: continuous batching with chunked prefill, in a
 step each running request gets a token, and prompts are computed in the order of their arrival as far as the step's
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ch06_vllm.engine.request import Config
 from ch07_sglang_routing.simulator import engine as simulator
-from ch07_sglang_routing.simulator.engine import Physics
+from ch07_sglang_routing.simulator.physics import Physics
 
 INTERACTIVE, SHORT, BATCH = "interactive", "short", "batch"
 

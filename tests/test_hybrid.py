@@ -20,7 +20,7 @@ from ch06_vllm.client import Client, Retry
 from ch06_vllm.engine.request import Config
 from ch07_sglang_routing import hybrid, hybrid_report, throttled, tiers
 from ch07_sglang_routing.hybrid_report import Done
-from ch07_sglang_routing.simulator.engine import Physics
+from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.tiers import Ask, Flight, Prediction, Replica
 from common.script import UserError
 from tests.openai_fake import Does, FakeServer

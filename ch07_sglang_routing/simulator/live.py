@@ -20,7 +20,7 @@ from ch06_vllm import scrape
 from ch06_vllm.client import Client
 from ch06_vllm.servers import Server
 from ch07_sglang_routing.router.policies import Ask
-from ch07_sglang_routing.simulator.engine import Physics
+from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.run import Chooser, Counts, Played
 from ch07_sglang_routing.simulator.traces import Asked, Trace
 

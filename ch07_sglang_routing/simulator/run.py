@@ -18,7 +18,8 @@ import numpy as np
 from ch06_vllm.engine.request import Config
 from ch07_sglang_routing.router.policies import POLICIES, Ask, CacheAware, least_work, longest_prefix
 from ch07_sglang_routing.router.radix import RadixTree
-from ch07_sglang_routing.simulator.engine import Engine, Physics, Sequence
+from ch07_sglang_routing.simulator.engine import Engine, Sequence
+from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.traces import Asked, Trace
 
 
