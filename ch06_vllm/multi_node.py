@@ -25,7 +25,7 @@ from typing import Any
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
 from ch06_vllm.serve_vllm import smoke
-from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model
+from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model, use_device
 from common import process, script
 from common.bootstrap import gpus_visible
 
@@ -128,6 +128,7 @@ def over_hosts(argv: list[str] | None, module: str, doc: str | None, forms: Mapp
     parser.add_argument("--timeout-s", type=script.positive, default=600)
     args = parser.parse_args(argv)
     form = forms[args.form]
+    use_device(args.device)
     ENGINES[form.engine].environment(1)  # raises where it is not installed
     if cluster := virtual_cluster.described():  # we are on one of its hosts
         place = {"NNODES": str(cluster.hosts), "NODE_RANK": os.environ["HOST_INDEX"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-from collections import Counter
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,19 +16,16 @@ class Metrics:
 
     Attributes:
         values: all of these sums by name.
-        series: how many values a name has: of most, one for each replica.
-        labels: of the last of them.
+        labels: of each of them: of most, one for each replica.
     """
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, float] = {}
-        self.series: Counter[str] = Counter()
-        self.labels: dict[str, dict[str, str]] = {}
+        self.labels: dict[str, list[dict[str, str]]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 self.values[sample.name] = self.values.get(sample.name, 0.0) + sample.value
-                self.series[sample.name] += 1
-                self.labels[sample.name] = sample.labels
+                self.labels.setdefault(sample.name, []).append(sample.labels)
 
     def __getitem__(self, name: str) -> float:
         """
