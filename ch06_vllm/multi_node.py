@@ -24,7 +24,7 @@ from typing import Any
 
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
-from ch06_vllm.serve_vllm import smoke
+from ch06_vllm.serve_vllm import PROMPT, post, smoke
 from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model, use_device
 from common import process, script
 from common.bootstrap import gpus_visible
@@ -44,7 +44,9 @@ class Form:
 
 
 SMALL: dict[str, Any] = LAPTOP | {"kv-cache-memory-bytes": "256M", "max-model-len": 1024}
-TENSOR = {"tensor-parallel-size": 2}
+# Hosts that share a machine share /dev/shm, by which an engine takes their GPUs for neighbours.
+ONE_MACHINE = {"disable-custom-all-reduce": True} if gpus_visible() else {}
+TENSOR = {"tensor-parallel-size": 2} | ONE_MACHINE
 FORMS = {
     "tensor": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | TENSOR, 2),
     "pipeline": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | {"pipeline-parallel-size": 2} | LAPTOP_PIPELINE),
@@ -73,12 +75,26 @@ def head(name: str, form: Form, model: str, tokens: int, timeout_s: float) -> di
             sent = virtual_cluster.nic_bytes()[0] - loading
             found |= {"served": True, "start_s": server.start_s, **answer}
             found |= {"sent_bytes_to_start": loading - sent_before, "sent_bytes_per_token": sent / (2 * tokens)}
+            found["sent_bytes_per_decoded_token"] = sent_by_decoding(server, tokens)
     except script.UserError as error:
         if name != "ray" or REFUSED not in str(error) or not nodes:
             raise
         print(error, file=sys.stderr, flush=True)
         found |= {"served": False, "refused": REFUSED}
     return found | ({"ray_nodes": nodes[0]} if nodes else {})
+
+
+def sent_by_decoding(server: Server, tokens: int) -> float:
+    """Bytes that leave this host for one more token: a long answer's less a short one's, to a prompt that is known."""
+
+    def sent(count: int) -> int:
+        before = virtual_cluster.nic_bytes()[0]
+        body = {"model": server.model, "prompt": PROMPT, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        post(f"{server.url}/v1/completions", body)
+        return virtual_cluster.nic_bytes()[0] - before
+
+    short = sent(tokens)
+    return (sent(5 * tokens) - short) / (4 * tokens)
 
 
 def follow(form: Form, model: str, timeout_s: float) -> dict[str, Any]:
@@ -147,7 +163,7 @@ def over_hosts(argv: list[str] | None, module: str, doc: str | None, forms: Mapp
     done = virtual_cluster.run(command, launch="command", rate=args.rate, timeout_s=args.timeout_s + 60)
     if done.result is None:
         raise script.UserError(f"the two hosts did not serve ({done.reason(args.timeout_s)}); see {launch}")
-    return done.result | {"rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
+    return done.result | {"folder": model, "rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
 
 
 if __name__ == "__main__":

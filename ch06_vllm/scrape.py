@@ -7,6 +7,7 @@ import http.client
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from common.script import UserError
 
@@ -16,16 +17,16 @@ class Metrics:
 
     Attributes:
         values: all of these sums by name.
-        labels: of each of them: of most, one for each replica.
+        samples: each of them, with .labels and .value: of most, one for each replica.
     """
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, float] = {}
-        self.labels: dict[str, list[dict[str, str]]] = {}
+        self.samples: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 self.values[sample.name] = self.values.get(sample.name, 0.0) + sample.value
-                self.labels.setdefault(sample.name, []).append(sample.labels)
+                self.samples.setdefault(sample.name, []).append(sample)
 
     def __getitem__(self, name: str) -> float:
         """

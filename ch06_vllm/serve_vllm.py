@@ -79,7 +79,7 @@ def counters(url: str) -> dict[str, int]:
     Names: vllm:num_requests_running has a line for each engine; vllm:spec_decode_* are there with a draft only.
     """
     metrics = scrape(url)
-    found = {"engines": len(metrics.labels["vllm:num_requests_running"])}
+    found = {"engines": len(metrics.samples["vllm:num_requests_running"])}
     for name in ("draft", "accepted"):
         counted = metrics.values.get(f"vllm:spec_decode_num_{name}_tokens_total")
         if counted is not None:

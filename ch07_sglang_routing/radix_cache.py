@@ -5,8 +5,8 @@ You learn   that every prompt and answer stays in a tree of token sequences unti
 Laptop      python -m ch07_sglang_routing.radix_cache
 GPU node    python -m ch07_sglang_routing.radix_cache --model 1b --prefix 2048 --requests 32
 Cluster     --url of a server that runs there; how to share between replicas is the router's business
-You see     for each workload the hit rate by formula, in whole pages, and as SGLang counts it (the same), and the time to first token
-            with and without
+You see     for each workload the hit rate by formula, in whole pages, and as SGLang counts it (the same), and the time
+            to first token with and without
 """
 
 from __future__ import annotations

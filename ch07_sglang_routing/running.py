@@ -16,7 +16,6 @@ from ch06_vllm.servers import models, use_device
 from ch07_sglang_routing import sglang_engine  # noqa: F401  it is an engine from here on
 from common.script import UserError
 
-
 URL = (
     "a SGLang that runs already, with that model, --enable-cache-report and --enable-metrics "
     "(structured: with --constrained-json-disable-any-whitespace)"
