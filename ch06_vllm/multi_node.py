@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
 from ch06_vllm.serve_vllm import PROMPT, post, smoke
@@ -30,6 +32,7 @@ from common import process, script
 from common.bootstrap import gpus_visible
 
 PORT, LINE_PORT = 8000, 8001
+PACKETS = Path("/sys/class/net/eth0/statistics/tx_packets")
 REFUSED = "does not support ray"
 
 
@@ -75,7 +78,7 @@ def head(name: str, form: Form, model: str, tokens: int, timeout_s: float) -> di
             sent = virtual_cluster.nic_bytes()[0] - loading
             found |= {"served": True, "start_s": server.start_s, **answer}
             found |= {"sent_bytes_to_start": loading - sent_before, "sent_bytes_per_token": sent / (2 * tokens)}
-            found["sent_bytes_per_decoded_token"] = sent_by_decoding(server, tokens)
+            found |= sent_by_decoding(server, tokens)
     except script.UserError as error:
         if name != "ray" or REFUSED not in str(error) or not nodes:
             raise
@@ -84,17 +87,21 @@ def head(name: str, form: Form, model: str, tokens: int, timeout_s: float) -> di
     return found | ({"ray_nodes": nodes[0]} if nodes else {})
 
 
-def sent_by_decoding(server: Server, tokens: int) -> float:
-    """Bytes that leave this host for one more token: a long answer's less a short one's, to a prompt that is known."""
+def sent_by_decoding(server: Server, tokens: int) -> dict[str, float]:
+    """What leaves this host for one more token: a long answer's less a short one's, to a prompt that is known."""
 
-    def sent(count: int) -> int:
-        before = virtual_cluster.nic_bytes()[0]
+    def counted() -> np.ndarray:
+        return np.array([virtual_cluster.nic_bytes()[0], int(PACKETS.read_text())])
+
+    def sent(count: int) -> np.ndarray:
+        before = counted()
         body = {"model": server.model, "prompt": PROMPT, "max_tokens": count, "temperature": 0, "ignore_eos": True}
         post(f"{server.url}/v1/completions", body)
-        return virtual_cluster.nic_bytes()[0] - before
+        return counted() - before
 
     short = sent(tokens)
-    return (sent(5 * tokens) - short) / (4 * tokens)
+    size, packets = (sent(5 * tokens) - short) / (4 * tokens)
+    return {"sent_bytes_per_decoded_token": float(size), "sent_packets_per_decoded_token": float(packets)}
 
 
 def follow(form: Form, model: str, timeout_s: float) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Laptop      python -m ch07_sglang_routing.multi_node              (two hosts of 
 GPU node    the same, if it has two GPUs: one a host
 Cluster     on each node ch07_sglang_routing/launch/multi_node.sh, or sbatch ch07_sglang_routing/launch/sglang.sbatch
 You see     an answer, and the bytes that left host0 for one more token of it, beside what of them is the model's: two
-            sums a layer and one of the embedding, each of a hidden state, and half of the logits. The rest is what the
-            two schedulers tell each other, and TCP
+            sums a layer and one of the embedding, each of a hidden state, half of the logits, and the packets' headers.
+            The rest is what the two schedulers tell each other
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from common import script
 from common.bootstrap import gpus_visible
 
 HOSTS = 2
+HEADER = 66  # bytes of a packet, full or empty: Ethernet 14, IPv4 20, TCP with timestamps 32
 SMALL = {"tp-size": HOSTS, "context-length": 1024} | (ONE_MACHINE if gpus_visible() else sglang_engine.LAPTOP)
 FORMS = {"tensor": Form("sglang", "ch07_sglang_routing/launch/multi_node.sh", SMALL, tensor_parallel=HOSTS)}
 
@@ -41,8 +42,10 @@ def main(argv: list[str] | None = None) -> dict:
         return found
     config = json.loads(Path(found["folder"], "config.json").read_text(encoding="utf-8"))
     terms, sent = formula(config), found["sent_bytes_per_decoded_token"]
+    terms["headers"] = round(HEADER * found["sent_packets_per_decoded_token"])
     rest = sent - sum(terms.values())
-    print(f"a token: {sent:.0f} bytes left host 0; sums {terms['sums']}, logits {terms['logits']}, the rest {rest:.0f}")
+    told = ", ".join(f"{name} {size}" for name, size in terms.items())
+    print(f"a token: {sent:.0f} bytes left host 0: {told}, the rest {rest:.0f}")
     return found | {f"{name}_bytes_per_token": size for name, size in terms.items()} | {"rest_bytes_per_token": rest}
 
 

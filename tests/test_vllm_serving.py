@@ -284,7 +284,8 @@ def test_a_launch_script_says_what_it_lacks(script: str, env: dict[str, str], sa
 @pytest.mark.parametrize("job", ["ch06_vllm/launch/vllm.sbatch", "ch07_sglang_routing/launch/sglang.sbatch"])
 def test_a_job_says_what_it_lacks(job: str, tmp_path: Path) -> None:
     for folder, said in ((ROOT, "or no MODEL; name"), (tmp_path, "is not the repository's root; run sbatch there")):
-        done = process.run(["bash", str(ROOT / job)], timeout_s=30, cwd=folder, env={"SLURM_JOB_NAME": "job"})
+        start = ["bash", "-c", 'cd "$0" && bash "$1"', str(folder), str(ROOT / job)]
+        done = process.run(start, timeout_s=30, env={"SLURM_JOB_NAME": "job"})
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ")
