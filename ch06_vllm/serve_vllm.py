@@ -102,7 +102,7 @@ def serve(server: Server, what: str) -> None:
     Raises:
         UserError: the engine ended by itself.
     """
-    print(f"ready: {server.url}  model {server.model}  ({what}, {server.start_s:.1f} s)", flush=True)
+    print(f"ready: {server.url}  {f"model {server.model}" if server.model else "node 0 takes the requests"}  ({what}, {server.start_s:.1f} s)", flush=True)
     try:
         server.child.process.wait()
     except (KeyboardInterrupt, Stopped):
