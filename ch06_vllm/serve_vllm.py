@@ -102,7 +102,8 @@ def serve(server: Server, what: str) -> None:
     Raises:
         UserError: the engine ended by itself.
     """
-    print(f"ready: {server.url}  {f"model {server.model}" if server.model else "node 0 takes the requests"}  ({what}, {server.start_s:.1f} s)", flush=True)
+    told = f"model {server.model}" if server.model else "node 0 takes the requests"
+    print(f"ready: {server.url}  {told}  ({what}, {server.start_s:.1f} s)", flush=True)
     try:
         server.child.process.wait()
     except (KeyboardInterrupt, Stopped):
