@@ -10,8 +10,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup setup-vllm setup-sglang setup-genai-bench setup-routers system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  make chNN         smoke-run one chapter: $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))"
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make chNN               smoke-run one chapter: $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))"
 
 setup:  ## make .venv from exact pins (CPU or CUDA torch by what is here); does nothing when nothing changed
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3" >&2; exit 2; }

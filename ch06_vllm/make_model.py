@@ -77,8 +77,10 @@ def model_config(recipe: Recipe) -> Any:
     return config
 
 
-def model_folder(recipe: Recipe = Recipe(), out: Path | None = None) -> Path:
+def model_folder(recipe: Recipe = Recipe(), out: Path | None = None, *, make: bool = True) -> Path:
     """A folder with this model, made once: in the cache, under a key of all that went in, or as `out`.
+
+    `make=False`, here and below: only where it is, or will be.
 
     Raises:
         UserError: no such preset, or nothing can be written there.
@@ -97,16 +99,16 @@ def model_folder(recipe: Recipe = Recipe(), out: Path | None = None) -> Path:
         tokenizer.save_pretrained(folder)
 
     made_of = [asdict(recipe), config.to_dict(), corpus.folder.name, CHAT_TEMPLATE, torch.__version__]
-    return keep(f"{recipe.preset}-{recipe.family}-{recipe.dtype}", made_of, write, out)
+    return keep(f"{recipe.preset}-{recipe.family}-{recipe.dtype}", made_of, write, out, make)
 
 
-def keep(name: str, made_of: Any, write: Callable[[Path], None], out: Path | None) -> Path:
+def keep(name: str, made_of: Any, write: Callable[[Path], None], out: Path | None, make: bool = True) -> Path:
     """A folder that `write` fills, once for what it is made of; it has its name only when it is complete."""
     if out is not None and out.exists():
         raise script.UserError(f"{out} exists; name another --out, or remove it")
     key = hashlib.sha256(json.dumps([FORMAT, transformers.__version__, made_of], sort_keys=True).encode()).hexdigest()
     folder = out or cache_dir() / "models" / f"{name}-{key[:16]}"
-    if folder.exists():
+    if folder.exists() or not make:
         return folder
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     transformers.utils.logging.disable_progress_bar()  # it would say that it writes
@@ -128,7 +130,7 @@ def keep(name: str, made_of: Any, write: Callable[[Path], None], out: Path | Non
 # ---------------------------------------------------------------- derived from a model folder
 
 
-def quantised(model: Path, out: Path | None = None) -> Path:
+def quantised(model: Path, out: Path | None = None, *, make: bool = True) -> Path:
     """The model with int8 weights (W8A8), as llm-compressor would write it: round to nearest, no calibration."""
 
     def write(folder: Path) -> None:
@@ -145,10 +147,10 @@ def quantised(model: Path, out: Path | None = None) -> Path:
         save_file(contiguous(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         copy_beside(model, folder, {"quantization_config": W8A8})
 
-    return keep(f"{model.name}-w8a8", fingerprint(model), write, out)
+    return keep(f"{model.name}-w8a8", fingerprint(model), write, out, make)
 
 
-def draft(model: Path, out: Path | None = None) -> Path:
+def draft(model: Path, out: Path | None = None, *, make: bool = True) -> Path:
     """A smaller model with the same vocabulary: the embeddings, the first quarter of the layers, norm and head.
 
     As a draft it needs no training, and is right more often than one of other random weights.
@@ -167,10 +169,10 @@ def draft(model: Path, out: Path | None = None) -> Path:
             change["layer_types"] = types[:layers]
         copy_beside(model, folder, change)
 
-    return keep(f"{model.name}-draft", fingerprint(model), write, out)
+    return keep(f"{model.name}-draft", fingerprint(model), write, out, make)
 
 
-def adapter(model: Path, seed: int = 0, out: Path | None = None) -> Path:
+def adapter(model: Path, seed: int = 0, out: Path | None = None, *, make: bool = True) -> Path:
     """A LoRA adapter of rank 8 on the query and value projections, in PEFT's format: W x + (alpha / r) B A x."""
 
     def write(folder: Path) -> None:
@@ -188,7 +190,7 @@ def adapter(model: Path, seed: int = 0, out: Path | None = None) -> Path:
         config |= {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
-    return keep(f"{model.name}-lora", [fingerprint(model), seed], write, out)
+    return keep(f"{model.name}-lora", [fingerprint(model), seed], write, out, make)
 
 
 def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ch02_hardware_parallelism import virtual_cluster
 from ch06_vllm import options
-from ch06_vllm.serve_vllm import smoke
-from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model
+from ch06_vllm.serve_vllm import PROMPT, post, smoke
+from ch06_vllm.servers import ENGINES, LAPTOP, LAPTOP_PIPELINE, Server, check_model, use_device
 from common import process, script
 from common.bootstrap import gpus_visible
 
@@ -44,7 +46,9 @@ class Form:
 
 
 SMALL: dict[str, Any] = LAPTOP | {"kv-cache-memory-bytes": "256M", "max-model-len": 1024}
-TENSOR = {"tensor-parallel-size": 2}
+# Hosts that share a machine share /dev/shm, by which an engine takes their GPUs for neighbours.
+ONE_MACHINE = {"disable-custom-all-reduce": True} if gpus_visible() else {}
+TENSOR = {"tensor-parallel-size": 2} | ONE_MACHINE
 FORMS = {
     "tensor": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | TENSOR, 2),
     "pipeline": Form("vllm", "ch06_vllm/launch/multi_node.sh", SMALL | {"pipeline-parallel-size": 2} | LAPTOP_PIPELINE),
@@ -73,12 +77,31 @@ def head(name: str, form: Form, model: str, tokens: int, timeout_s: float) -> di
             sent = virtual_cluster.nic_bytes()[0] - loading
             found |= {"served": True, "start_s": server.start_s, **answer}
             found |= {"sent_bytes_to_start": loading - sent_before, "sent_bytes_per_token": sent / (2 * tokens)}
+            found |= sent_by_decoding(server, tokens)
     except script.UserError as error:
         if name != "ray" or REFUSED not in str(error) or not nodes:
             raise
         print(error, file=sys.stderr, flush=True)
         found |= {"served": False, "refused": REFUSED}
     return found | ({"ray_nodes": nodes[0]} if nodes else {})
+
+
+def sent_by_decoding(server: Server, tokens: int) -> dict[str, float]:
+    """What leaves this host for one more token: a long answer's less a short one's, to a prompt that is known."""
+
+    def counted() -> np.ndarray:  # bytes and packets, sent since eth0 came up
+        (line,) = re.findall(r"eth0:(.*)", Path("/proc/self/net/dev").read_text())
+        return np.array(line.split()[8:10], dtype=int)
+
+    def sent(count: int) -> np.ndarray:
+        before = counted()
+        body = {"model": server.model, "prompt": PROMPT, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        post(f"{server.url}/v1/completions", body)
+        return counted() - before
+
+    short = sent(tokens)
+    size, packets = (sent(5 * tokens) - short) / (4 * tokens)
+    return {"sent_bytes_per_decoded_token": float(size), "sent_packets_per_decoded_token": float(packets)}
 
 
 def follow(form: Form, model: str, timeout_s: float) -> dict[str, Any]:
@@ -128,6 +151,7 @@ def over_hosts(argv: list[str] | None, module: str, doc: str | None, forms: Mapp
     parser.add_argument("--timeout-s", type=script.positive, default=600)
     args = parser.parse_args(argv)
     form = forms[args.form]
+    use_device(args.device)
     ENGINES[form.engine].environment(1)  # raises where it is not installed
     if cluster := virtual_cluster.described():  # we are on one of its hosts
         place = {"NNODES": str(cluster.hosts), "NODE_RANK": os.environ["HOST_INDEX"]}
@@ -146,7 +170,7 @@ def over_hosts(argv: list[str] | None, module: str, doc: str | None, forms: Mapp
     done = virtual_cluster.run(command, launch="command", rate=args.rate, timeout_s=args.timeout_s + 60)
     if done.result is None:
         raise script.UserError(f"the two hosts did not serve ({done.reason(args.timeout_s)}); see {launch}")
-    return done.result | {"rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
+    return done.result | {"folder": model, "rate": args.rate, "device": "cuda" if gpus_visible() else "cpu"}
 
 
 if __name__ == "__main__":

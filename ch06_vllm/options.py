@@ -133,21 +133,31 @@ def check(options: Mapping[str, Any], where: str, engine: str = "vllm") -> None:
             raise UserError(f"{where}: {key} is {wrong[0]!r}; it is one of {', '.join(map(str, option['choices']))}")
 
 
-def make_models(value: Any) -> Any:
-    """`made:PRESET` and `made:PRESET/KIND`, wherever they stand in the options, as folders that exist."""
+def make_models(value: Any, *, make: bool = True) -> Any:
+    """`made:PRESET` and `made:PRESET/KIND`, wherever they stand in the options, as folders that exist.
+
+    `make=False`: as those that will; one of KIND stays as it is while there is no model to derive it from.
+    """
     if isinstance(value, Mapping):
-        return {key: make_models(inner) for key, inner in value.items()}
+        return {key: make_models(inner, make=make) for key, inner in value.items()}
     if isinstance(value, list):
-        return [make_models(inner) for inner in value]
+        return [make_models(inner, make=make) for inner in value]
     if isinstance(value, str) and "made:" in value:
-        return re.sub(r"\bmade:(\w+)(?:/(\w+))?", lambda match: str(made(match[1], match[2] or "model")), value)
+        return re.sub(
+            r"\bmade:(\w+)(?:/(\w+))?",
+            lambda match: str(made(match[1], match[2] or "model", make) or match[0]),
+            value,
+        )
     return value
 
 
-def made(preset: str, kind: str) -> Path:
+def made(preset: str, kind: str, make: bool) -> Path | None:
     from ch06_vllm import make_model  # with transformers, which takes seconds
 
-    derive = {"model": lambda folder: folder, "lora": make_model.adapter, **make_model.KINDS}
-    if kind not in derive:
+    derive = {"lora": make_model.adapter, **make_model.KINDS}
+    if kind not in ("model", *derive):
         raise UserError(f"made:{preset}/{kind} cannot be made; KIND is one of {', '.join(derive)}")
-    return Path(derive[kind](make_model.model_folder(make_model.Recipe(preset))))
+    folder = make_model.model_folder(make_model.Recipe(preset), make=make)
+    if kind == "model":
+        return folder
+    return Path(derive[kind](folder, make=make)) if folder.exists() else None

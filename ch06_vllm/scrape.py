@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-from collections import Counter
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from common.script import UserError
 
@@ -17,19 +17,16 @@ class Metrics:
 
     Attributes:
         values: all of these sums by name.
-        series: how many values a name has: of most, one for each replica.
-        labels: of the last of them.
+        samples: each of them, with .labels and .value: of most, one for each replica.
     """
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, float] = {}
-        self.series: Counter[str] = Counter()
-        self.labels: dict[str, dict[str, str]] = {}
+        self.samples: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 self.values[sample.name] = self.values.get(sample.name, 0.0) + sample.value
-                self.series[sample.name] += 1
-                self.labels[sample.name] = sample.labels
+                self.samples.setdefault(sample.name, []).append(sample)
 
     def __getitem__(self, name: str) -> float:
         """

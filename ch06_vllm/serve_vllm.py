@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -26,9 +27,10 @@ from typing import Any
 
 from ch06_vllm import options
 from ch06_vllm.scrape import scrape
-from ch06_vllm.servers import ENGINES, Server, flags
+from ch06_vllm.servers import ENGINES, Server, use_device
 from common import script
 
+PORT = 8000  # shown by --check where the file names none
 PROMPT = "def fibonacci("
 
 
@@ -77,7 +79,7 @@ def counters(url: str) -> dict[str, int]:
     Names: vllm:num_requests_running has a line for each engine; vllm:spec_decode_* are there with a draft only.
     """
     metrics = scrape(url)
-    found = {"engines": metrics.series["vllm:num_requests_running"]}
+    found = {"engines": len(metrics.samples["vllm:num_requests_running"])}
     for name in ("draft", "accepted"):
         counted = metrics.values.get(f"vllm:spec_decode_num_{name}_tokens_total")
         if counted is not None:
@@ -100,7 +102,8 @@ def serve(server: Server, what: str) -> None:
     Raises:
         UserError: the engine ended by itself.
     """
-    print(f"ready: {server.url}  model {server.model}  ({what}, {server.start_s:.1f} s)", flush=True)
+    told = f"model {server.model}" if server.model else "node 0 takes the requests"
+    print(f"ready: {server.url}  {told}  ({what}, {server.start_s:.1f} s)", flush=True)
     try:
         server.child.process.wait()
     except (KeyboardInterrupt, Stopped):
@@ -120,20 +123,23 @@ def serve_from_file(
     parser = script.parser(doc)
     parser.add_argument("config", type=Path, help="a YAML file with the engine's options; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the file's, YAML values")
-    parser.add_argument("--check", action="store_true", help="check the file and show the command; start nothing")
+    parser.add_argument("--check", action="store_true", help="check the file, show the command; start nothing")
     parser.add_argument("--smoke", action="store_true", help="send a completion and a chat, then stop")
     parser.add_argument("--grace-s", type=script.at_least(0), default=30, help="for running requests, when stopped")
     parser.add_argument("--timeout-s", type=script.positive, default=1800, help="to be ready; large models load long")
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
     args = parser.parse_args(argv)
-    laptop = {"auto": None, "cpu": True, "cuda": False}[args.device]
-    wanted = options.read(args.config, args.set, laptop=laptop, engine=engine)
+    use_device(args.device)
+    wanted = options.read(args.config, args.set, engine=engine)
     sizes = [wanted.get(name, 1) for name in ENGINES[engine].sizes]
     shape = dict(zip(("tensor_parallel", "pipeline_parallel", "data_parallel"), sizes, strict=True))
     if args.check:
-        model = wanted.pop("model")
-        print(*ENGINES[engine].shown, model, *flags(wanted))
+        wanted = options.make_models(wanted, make=False)
+        model, port = wanted.pop("model"), wanted.pop("port", PORT)
+        print(shlex.join(ENGINES[engine].command(model, port, wanted)))
         return shape | {"model": model, "options": len(wanted), "started": False}
+    if args.smoke and int(wanted.get("node-rank", 0)) > 0:
+        raise script.UserError("only node 0 takes requests; --smoke belongs there")
     script.start(file, args)
     wanted = options.make_models(wanted)
     model, port = wanted.pop("model"), wanted.pop("port", None)

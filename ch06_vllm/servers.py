@@ -38,6 +38,8 @@ LAPTOP_PIPELINE: dict[str, Any] = LAPTOP | {
     "enforce-eager": False,
     "compilation-config": {"mode": 2, "backend": "eager"},
 }
+# The hosts of a virtual cluster share a machine, and NCCL would go past the wire between them.
+APART = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
 QUIET: dict[str, Any] = {"disable-uvicorn-access-log": True}
 
 # What an engine says when it cannot start, and what to do about it. The first that is found is told.
@@ -82,6 +84,7 @@ def vllm_environment(ranks: int) -> dict[str, str]:
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # a worker has no work by then, and takes seconds to tidy up
     }
     several = ranks > 1 or described() is not None
+    found |= APART if described() is not None else {}
     if several and not gpus_visible() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         found["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(own_cores(), ranks)
     return found
@@ -120,6 +123,18 @@ def cores_of_ranks(cores: list[int], ranks: int) -> str:
     """An equal share of the cores for each rank, as vLLM-CPU reads it: 0,1|2,3."""
     share = max(1, len(cores) // ranks)
     return "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
+
+
+def use_device(device: str) -> None:
+    """--device of a script whose engine looks for GPUs itself: `cpu` hides them from it, and takes its CPU build.
+
+    Raises:
+        UserError: `cuda`, and none is visible.
+    """
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device == "cuda" and not gpus_visible():
+        raise UserError("--device cuda, and no GPU is visible; leave it away, or see CUDA_VISIBLE_DEVICES")
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
@@ -167,7 +182,7 @@ class Engine:
         environment: variables for so many ranks of it on this host; raises UserError where it is not installed.
         sizes: its options for tensor, pipeline and data parallel.
         parser: Python source that makes `parser`, its argparse parser, in its own environment.
-        shown: how its own command begins, in front of a model; `help` is the one that lists its options.
+        help: its command that lists its options.
         advice: what it says when it cannot start, and what to do about it.
     """
 
@@ -176,9 +191,16 @@ class Engine:
     environment: Callable[[int], dict[str, str]]
     sizes: tuple[str, str, str] = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
     parser: str = ""
-    shown: Sequence[str] = ()
     help: str = ""
     advice: Sequence[tuple[str, str]] = tuple(ADVICE)
+
+    def ranks(self, options: Mapping[str, Any]) -> int:
+        """How many of its ranks run on this host: of all, this node's part (nnodes)."""
+        tensor, pipeline, data = (int(options.get(name, 1)) for name in self.sizes)
+        data = int(options.get(f"{self.sizes[2]}-local", data))
+        if options.get("enable-dp-attention"):  # SGLang: its copies of attention are among the ranks of tensor parallel
+            data = 1
+        return -(-tensor * pipeline * data // int(options.get("nnodes", 1)))
 
 
 ENGINES: dict[str, Engine] = {  # a later chapter adds its own
@@ -188,7 +210,6 @@ ENGINES: dict[str, Engine] = {  # a later chapter adds its own
         vllm_command,
         vllm_environment,
         parser=VLLM_PARSER,
-        shown=("vllm", "serve"),
         help="vllm serve --help=all",
     ),
 }
@@ -200,7 +221,8 @@ class Server:
 
     Attributes:
         url: where it answers, without a path.
-        model: what requests call it; `adapters` are its further names. `folder` is where its files are.
+        model: what requests call it; `adapters` are its further names. `folder` is where its files are. Empty on
+            another node than the first, which takes no requests.
         start_s: seconds from its start to the first good answer of /health.
         child: its processes.
 
@@ -233,11 +255,8 @@ class Server:
 
     def __enter__(self) -> Server:
         engine = ENGINES[self.engine]
-        sizes = [int(self.options.get(name, 1)) for name in engine.sizes]
-        ranks = sizes[0] * sizes[1] * int(self.options.get("data-parallel-size-local", sizes[2]))
-        if self.launch:
-            ranks = 1  # on this host
-        check_model(self.folder, sizes[0], engine.sizes[0])
+        ranks = 1 if self.launch else engine.ranks(self.options)
+        check_model(self.folder, int(self.options.get(engine.sizes[0], 1)), engine.sizes[0])
         check_ranks(ranks)
         port = self.port or free_port()
         bind(HOST, port).close()
@@ -278,7 +297,8 @@ class Server:
                 )
             time.sleep(0.05)
         self.start_s = time.monotonic() - self.child.started
-        self.model, *self.adapters = models(self.url)
+        if int(self.options.get("node-rank", 0)) == 0:  # another node answers /health and nothing else
+            self.model, *self.adapters = models(self.url)
 
     def why(self) -> str:
         """Its own words about its end, and what to do."""

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,52 @@ def figures(gaps: Gaps, ttft_ms: float) -> dict[str, float]:
     }
 
 
+class Rounds:
+    """Each setting's rounds: --running short requests decode, then the prompt of --long-prompt tokens comes.
+
+    Args:
+        after: tokens that each of the short requests gets once the long one is there.
+
+    Attributes:
+        gaps: of each setting, what `figures` reads, a list for each round. The first round warms up.
+    """
+
+    def __init__(self, ids: np.ndarray, args: argparse.Namespace, after: int) -> None:
+        self.ids, self.args, self.after = ids, args, after
+        self.rng = np.random.default_rng(args.seed)
+        self.gaps: dict[str, list[Gaps]] = {}
+        self.found: dict[str, list[dict[str, float]]] = {}
+
+    def add(self, name: str, once: Callable[[list[load.Request], load.Request], tuple[Gaps, float]]) -> None:
+        count = self.args.running
+        running = load.workload(self.ids, [SHORT] * count, [BEFORE + self.after] * count, self.rng)
+        (long,) = load.workload(self.ids, [self.args.long_prompt], [2], self.rng)
+        seen, ttft_ms = once(running, long)
+        self.gaps.setdefault(name, []).append(seen)
+        self.found.setdefault(name, []).append(figures(seen, ttft_ms))
+
+    def on_servers(self, engine: str, model: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """All rounds of each setting on a server of its own."""
+        for name, own in settings.items():
+            log.info("starting", engine=engine, prefill=name)
+            with Server(model, engine, own) as server:
+                for _ in range(self.args.rounds + 1):
+                    self.add(name, lambda running, long: asyncio.run(on_server(server.url, running, long)))
+
+    def medians(self) -> dict[str, dict[str, float]]:
+        """Of each setting, over its rounds but the first; printed."""
+        middle = {
+            name: {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
+            for name, rows in self.found.items()
+        }
+        for name, row in middle.items():
+            print(
+                f"{name:<8} longest gap {row['itl_ms_max']:8.1f} ms   before {row['itl_ms_before']:6.1f} ms   "
+                f"first token of the long prompt {row['long_ttft_ms']:8.1f} ms"
+            )
+        return middle
+
+
 def measure(args: argparse.Namespace, model: Path, ids: np.ndarray, run: script.Run) -> dict[str, Any]:
     after = 4 * -(-args.long_prompt // args.chunk)  # tokens that cover the time of all chunks, and as much again
     if args.long_prompt + 2 > args.max_model_len:
@@ -116,39 +162,18 @@ def measure(args: argparse.Namespace, model: Path, ids: np.ndarray, run: script.
         )
     if args.chunk <= args.running:
         raise script.UserError(f"--chunk {args.chunk} leaves no token beside {args.running} running requests; raise it")
-    rng = np.random.default_rng(args.seed)
-    gaps: dict[str, list[Gaps]] = {}
-    found: dict[str, list[dict[str, float]]] = {}
-
-    def rounds(name: str, once: Callable[[list[load.Request], load.Request], tuple[Gaps, float]]) -> None:
-        running = load.workload(ids, [SHORT] * args.running, [BEFORE + after] * args.running, rng)
-        (long,) = load.workload(ids, [args.long_prompt], [2], rng)
-        seen, ttft_ms = once(running, long)
-        gaps.setdefault(name, []).append(seen)
-        found.setdefault(name, []).append(figures(seen, ttft_ms))
-
+    rounds = Rounds(ids, args, after)
     if args.engine == "ours":
         engines = {name: Engine(Config(str(model), device=args.device, **own)) for name, own in settings(args).items()}
         for number in range(args.rounds + 1):
             log.info("round", number=number)
             for name, engine in engines.items():
-                rounds(name, lambda running, long, engine=engine: on_ours(engine, running, long))
+                rounds.add(name, lambda running, long, engine=engine: on_ours(engine, running, long))
     else:
-        for name, own in settings(args).items():
-            log.info("starting vLLM", prefill=name)
-            with Server(model, "vllm", own) as server:
-                for _ in range(args.rounds + 1):
-                    rounds(name, lambda running, long: asyncio.run(on_server(server.url, running, long)))
-    middle = {  # the first round warms up
-        name: {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]} for name, rows in found.items()
-    }
-    for name, row in middle.items():
-        print(
-            f"{name:<8} longest gap {row['itl_ms_max']:8.1f} ms   before {row['itl_ms_before']:6.1f} ms   "
-            f"first token of the long prompt {row['long_ttft_ms']:8.1f} ms"
-        )
+        rounds.on_servers(args.engine, model, settings(args))
+    middle = rounds.medians()
     what = f"{args.running} running requests, a prompt of {args.long_prompt} tokens ({args.engine})"
-    draw_stall({name: runs[-1] for name, runs in gaps.items()}, run.path("stall.png"), what)
+    draw_stall({name: runs[-1] for name, runs in rounds.gaps.items()}, run.path("stall.png"), what)
     result: dict[str, Any] = {"engine": args.engine, "long_prompt": args.long_prompt, "chunk": args.chunk}
     for name, row in middle.items():
         result |= {f"{name}_{key}": value for key, value in row.items()}

@@ -15,7 +15,9 @@ QUESTIONS = ("its purpose", "its cost", "its history", "its risks", "its rivals"
 def review(s, subject: str, branches: int, tokens: int):
     """One introduction; a branch for each question, at the same time; a verdict that has read them all."""
     s += subject
-    s += "\nIn short: " + sgl.gen("short", max_tokens=tokens, ignore_eos=True)
+    s += "\nIn short: "
+    s["asked"] = s.text()
+    s += sgl.gen("short", max_tokens=tokens, ignore_eos=True)
     forks = s.fork(branches)
     for fork, question in zip(forks, QUESTIONS, strict=False):
         fork += f"\nOn {question}: " + sgl.gen("part", max_tokens=tokens, ignore_eos=True)
@@ -24,6 +26,7 @@ def review(s, subject: str, branches: int, tokens: int):
         s += f"\nOn {question}: " + fork["part"]
     s += "\nVerdict: " + sgl.gen("verdict", max_tokens=tokens, ignore_eos=True)
     s["metas"] = [fork.get_meta_info("part") for fork in forks]
+    s["branches"] = [fork.text() for fork in forks]
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     state = review.run(subject=subject, branches=branches, tokens=tokens, temperature=0)
     metas = [state.get_meta_info("short"), *state["metas"], state.get_meta_info("verdict")]
     rows = [{key: meta[key] for key in ("prompt_tokens", "cached_tokens", "completion_tokens")} for meta in metas]
-    print("READ " + json.dumps({"generations": rows, "text": state.text()}))
+    print("READ " + json.dumps({"generations": rows, "asked": state["asked"], "branches": state["branches"]}))
 
 
-main()
+main()  # no exercise, and only SGLang's Python can import it

@@ -2,22 +2,20 @@
 
 You learn   that cutting a long prompt is not enough: SGLang lets prefill go first, so the chunks follow each other and
             the running answers wait as before; --enable-mixed-chunk puts their next tokens into each chunk's batch.
-            With prompts of 100,000 tokens, as DeepSeek's contexts allow, that is seconds of silence or none
+            Then they wait for one chunk, not for the prompt: with prompts of 100,000 tokens, as DeepSeek's contexts
+            allow, that is the difference
 Laptop      python -m ch07_sglang_routing.chunked_prefill
 GPU node    python -m ch07_sglang_routing.chunked_prefill --model 1b --long-prompt 3900 --chunk 512
-Cluster     the same options in configs/*.yaml (DeepSeek-V3: chunks of 4096 and more, --enable-dp-attention)
+Cluster     the same options in configs/*.yaml
 You see     for each setting the longest gap between two tokens of the short requests, and the long one's first token
 """
 
 from __future__ import annotations
 
-import asyncio
-import statistics
 from typing import Any
 
-import numpy as np
-
-from ch06_vllm import load, stall, started
+from ch06_vllm import stall, started
+from ch06_vllm.servers import use_device
 from ch07_sglang_routing import running
 from common import script
 
@@ -28,18 +26,6 @@ def settings(chunk: int) -> dict[str, dict[str, Any]]:
         "chunks": {"chunked-prefill-size": chunk},
         "mixed": {"chunked-prefill-size": chunk, "enable-mixed-chunk": True},
     }
-
-
-def measure(own: dict[str, Any], args: Any, ids: np.ndarray) -> list[dict[str, float]]:
-    """Each round: --running short requests decode, then the long prompt comes. The first round warms up."""
-    rng, rows = np.random.default_rng(args.seed), []
-    after = args.tokens
-    with started.server(("sglang", args.model), own | {"max-prefill-tokens": 16384}) as server:
-        for _ in range(args.rounds + 1):
-            short = load.workload(ids, [stall.SHORT] * args.running, [stall.BEFORE + after] * args.running, rng)
-            (long,) = load.workload(ids, [args.long_prompt], [2], rng)
-            rows.append(stall.figures(*asyncio.run(stall.on_server(server.url, short, long))))
-    return rows[1:]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -58,21 +44,22 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if unknown := set(args.settings) - set(settings(1)):
         raise script.UserError(f"no setting {sorted(unknown)[0]!r}; take of {','.join(settings(1))}")
+    use_device(args.device)
     started.engine_name("sglang")
     script.start(__file__, args)
     ids = running.ids(args)
+    rounds = stall.Rounds(ids, args, args.tokens)
+    own = settings(args.chunk)
+    rounds.on_servers(
+        "sglang",
+        started.folder_of(args.model),
+        {name: own[name] | {"max-prefill-tokens": 16384} for name in args.settings},
+    )
     found: dict[str, Any] = {"long_prompt": args.long_prompt, "chunk": args.chunk}
-    for name in args.settings:
-        rows = measure(settings(args.chunk)[name], args, ids)
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(
-            f"{name:<8} longest gap {middle['itl_ms_max']:8.1f} ms   before {middle['itl_ms_before']:6.1f} ms   "
-            f"first token of the long prompt {middle['long_ttft_ms']:8.1f} ms",
-            flush=True,
-        )
-        found |= {f"{name}_{key}": value for key, value in middle.items()}
-    if {"whole", "mixed"} <= set(args.settings):
-        found["jump_times"] = found["whole_itl_ms_max"] / found["mixed_itl_ms_max"]
+    for name, row in rounds.medians().items():
+        found |= {f"{name}_{key}": value for key, value in row.items()}
+    for name in {"whole", "chunks"} & set(args.settings) if "mixed" in args.settings else ():
+        found[f"{name}_jump_times"] = found[f"{name}_itl_ms_max"] / found["mixed_itl_ms_max"]
     return found
 
 

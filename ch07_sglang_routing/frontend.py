@@ -13,9 +13,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ch06_vllm import started
 from ch06_vllm.servers import ENGINES, program
 from ch07_sglang_routing import running
-from common import process, script
+from common import lm, process, script
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -29,9 +34,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.branches > 8:
         raise script.UserError(f"{args.branches} branches: the program has 8 questions; take fewer")
     script.start(__file__, args)
+    encode = lm.load_tokenizer(str(started.folder_of(args.model))).encode
     python = str(program("sglang", "python"))
     with running.sglang(args) as (url, _):
         running.flush(url)
+        page = running.info(url)["page_size"]
         words = [python, "ch07_sglang_routing/branching.py", url]
         words += [str(number) for number in (args.branches, args.tokens, args.words)]
         done = process.run(words, timeout_s=args.timeout_s, env=ENGINES["sglang"].environment(1))
@@ -41,8 +48,9 @@ def main(argv: list[str] | None = None) -> dict:
     program_read = json.loads(told[-1].removeprefix("READ "))
     first, *branches, verdict = program_read["generations"]
     # The language sends text, and text of random tokens becomes other tokens when it is read again: what is surely
-    # shared is all in front of the first answer, less a token or two where text and answer meet.
-    shared = first["prompt_tokens"] - 2
+    # shared is what a branch's tokens have in common with those of the first prompt.
+    shared = min(common_prefix(encode(program_read["asked"]), encode(text)) for text in program_read["branches"])
+    shared = shared // page * page
 
     print(f"{'':12}{'prompt':>8}{'cached':>8}{'read':>8}")
     rows = {"short": first} | {f"branch {n}": row for n, row in enumerate(branches)} | {"verdict": verdict}

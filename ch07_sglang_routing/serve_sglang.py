@@ -19,10 +19,13 @@ from common import script
 
 
 def counters(url: str) -> dict[str, int]:
-    """From /metrics: the schedulers behind the address (a series each), and the tokens they had to compute."""
+    """From /metrics: the copies of the model behind the address, the ranks of all of them (a series each), and the
+    tokens they had to compute."""
     metrics = scrape(url)
+    ranks = metrics.samples["sglang:max_total_num_tokens"]
     return {
-        "engines": metrics.series["sglang:max_total_num_tokens"],
+        "engines": len({rank.labels.get("dp_rank") for rank in ranks}),
+        "ranks": len(ranks),
         "prompt_tokens": round(metrics["sglang:prompt_tokens_total"]),
         "cached_tokens": round(metrics.values.get("sglang:cached_tokens_total", 0)),
     }

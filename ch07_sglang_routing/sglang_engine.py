@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ch02_hardware_parallelism.virtual_hosts import described
-from ch06_vllm.servers import ADVICE, ENGINES, HOST, Engine, cores_of_ranks, flags, own_cores, program
+from ch06_vllm.servers import ADVICE, APART, ENGINES, HOST, Engine, cores_of_ranks, flags, own_cores, program
 from common.bootstrap import gpus_visible
 
 # What it needs on any machine without a GPU. The cache takes max-total-tokens, and mem-fraction-static is only a
@@ -42,6 +42,10 @@ SGLANG_ADVICE = [
     ),
     (r"divisible|divided", "take a tp-size that divides the model's heads"),
     (r"context.length|context_len", "lower context-length"),
+    (
+        r"[Ii]nstall NIXL|No module named 'mooncake",
+        "take disaggregation-transfer-backend nixl: make setup-sglang brings it",
+    ),
     *ADVICE,
 ]
 
@@ -50,7 +54,7 @@ def environment(ranks: int) -> dict[str, str]:
     """Variables for so many ranks on this host: its programs first on PATH, and on a CPU the cores of each rank."""
     found = {"PATH": f"{program('sglang', 'python').parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     if described() is not None:  # its hosts share /dev/shm, by which SGLang takes them for one and listens on loopback
-        found["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
+        found |= APART | {"SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "false"}
     if gpus_visible():
         return found
     found |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than what it saves
@@ -76,7 +80,6 @@ ENGINES["sglang"] = Engine(
     environment,
     sizes=("tp-size", "pp-size", "dp-size"),
     parser=PARSER,
-    shown=("sglang", "serve", "--model-path"),
     help="sglang serve --help",
     advice=tuple(SGLANG_ADVICE),
 )

@@ -4,6 +4,7 @@ Only in SGLang's CPU environment: `make setup-sglang` copies this file into it, 
 A package that is really there comes first. A kernel of a stand-in that is called all the same says so in its error.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -20,7 +21,7 @@ class _Any(type):
         return cls
 
     def __call__(cls, *args, **options):
-        """A decorator gives back what it decorates, as @triton.jit: no kernel can be started on that."""
+        """A decorator gives back what it decorates."""
         return args[0] if len(args) == 1 and callable(args[0]) and not options else cls
 
     def __iter__(cls):  # torch looks for a CPU among triton's backends
@@ -31,13 +32,34 @@ class Anything(metaclass=_Any):
     """Whatever is asked of it: a module's function, a class, a constant."""
 
 
+def refuse(package):
+    raise RuntimeError(f"a GPU kernel of {package} was called, and this is SGLang's CPU environment")
+
+
 class _Kernel(_Any):
     def __call__(cls, *args, **options):
-        raise RuntimeError("a GPU kernel of sgl_kernel was called, and this is SGLang's CPU environment")
+        refuse("sgl_kernel")
 
 
 class Kernel(metaclass=_Kernel):
     """The same of a package whose functions are kernels."""
+
+
+class Jitted:
+    """What @triton.jit makes of a function: kernel[grid](...) starts it, and a call without a grid is for kernels."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+    def __getitem__(self, grid):
+        refuse(f"triton ({self.__name__})")
+
+    def __call__(self, *args, **options):
+        refuse(f"triton ({self.__name__})")
+
+
+def jit(function=None, **options):
+    return Jitted(function) if function else jit
 
 
 class StandIn(types.ModuleType):
@@ -46,6 +68,8 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        if (self.__name__, name) == ("triton", "jit"):
+            return jit
         return Kernel if self.__name__.partition(".")[0] in KERNELS else Anything
 
 

@@ -204,7 +204,7 @@ def test_metrics_are_summed_over_replicas(metrics_url: str) -> None:
     Scripted.left = 1
     metrics = scrape.scrape(metrics_url)
     assert metrics["vllm:num_requests_running"] == 7
-    assert metrics.labels["vllm:cache_config_info"]["num_gpu_blocks"] == "100"
+    assert metrics.samples["vllm:cache_config_info"][-1].labels["num_gpu_blocks"] == "100"
     with pytest.raises(UserError, match="has no vllm:other"):
         metrics["vllm:other"]
     with pytest.raises(UserError, match="metrics says 503"):

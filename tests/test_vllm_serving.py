@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import os
 import re
-import signal
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,8 +17,9 @@ from safetensors.torch import load_file
 from ch06_vllm import batch, bench_serve, chaos, make_model, options, serve_vllm, servers
 from ch06_vllm.servers import Server
 from common import bootstrap, exercises, lm, process
-from common.ranks import free_port
 from common.script import UserError
+from tests import serving
+from tests.serving import Starter
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "ch06_vllm/configs").glob("*.yaml"))
@@ -162,11 +158,14 @@ def test_a_wrong_config_is_one_line_before_anything_starts(tmp_path: Path, text:
 
 
 @needs_vllm
-def test_set_changes_one_value_and_check_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_changes_one_value_and_check_starts_nothing(capsys: pytest.CaptureFixture[str], served_model: Path) -> None:
     change = ["--set", "speculative-config.num_speculative_tokens=7", "--set", "max_num_seqs=3"]
     found = serve_vllm.main(["ch06_vllm/configs/speculative.yaml", "--check", *change])
     line = capsys.readouterr().out
-    assert '{"model": "made:nano/draft", "num_speculative_tokens": 7}' in line
+    draft = make_model.draft(served_model, make=False)
+    assert f'{{"model": "{draft}", "num_speculative_tokens": 7}}' in line
+    assert str(served_model) in line
+    assert "--enforce-eager" in line
     assert "--max-num-seqs 3" in line
     assert found["started"] is False
 
@@ -242,89 +241,55 @@ def test_two_ranks_answer_a_fault_rightly_and_keep_nothing_of_it(vllm_server_tp2
     assert row["same"], row
 
 
-class Starter:
-    """serve_vllm as a user starts it; its engine's processes are known once it says that it is ready."""
-
-    def __init__(self, config: str, *flags: str) -> None:
-        self.ready, self.stopping = threading.Event(), threading.Event()
-        self.url = ""
-        command = [*SERVE, f"ch06_vllm/configs/{config}.yaml", "--set", f"port={free_port()}", *flags]
-        self.child = process.Child(command, on_line=self.on_line)
-
-    def on_line(self, line: str) -> None:
-        if match := re.match(r"ready: (\S+)", line):
-            self.url = match[1]
-            self.ready.set()
-        if line.startswith("stopping"):
-            self.stopping.set()
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 500
-        while not self.ready.wait(0.2):
-            assert self.child.process.poll() is None, "".join(self.child.err)
-            assert time.monotonic() < deadline, "".join(self.child.err)
-
-    def __enter__(self) -> Starter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.child.stop()
-
-
 @needs_vllm
 @pytest.mark.timeout(700)
 def test_sigterm_lets_a_running_stream_finish() -> None:
-    with Starter("single", "--grace-s", "120") as starter:
-        starter.wait_until_ready()
-        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
-        (served,) = servers.models(starter.url)
-        connection = http.client.HTTPConnection(starter.url.removeprefix("http://"), timeout=120)
-        body = {"model": served, "prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "stream": True}
-        body |= {"stream_options": {"include_usage": True}}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        stream = connection.getresponse()
-        assert stream.status == 200
-        assert stream.readline().startswith(b"data: ")
-        starter.child.process.send_signal(signal.SIGTERM)
-        assert starter.stopping.wait(30)
-        events = [line[6:] for line in stream.read().decode().splitlines() if line.startswith("data: ")]
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["usage"]["completion_tokens"] == 200
-        done = starter.child.wait(60)
-    assert not psutil.wait_procs(engine, timeout=30)[1]
-    assert done.returncode == 0, done.stderr
-    assert done.result
-    assert done.result["model"].startswith("nano")
+    with Starter("ch06_vllm.serve_vllm", "single", "--grace-s", "120") as starter:
+        done = serving.finish_a_stream(starter)
+    assert done["model"].startswith("nano")
 
 
 @needs_vllm
 @pytest.mark.timeout(700)
 def test_kill_9_of_the_starter_leaves_no_process() -> None:
-    with Starter("quantised") as starter:
+    with Starter("ch06_vllm.serve_vllm", "quantised") as starter:
         starter.wait_until_ready()
-        engine = psutil.Process(starter.child.process.pid).children(recursive=True)
-        assert any("EngineCore" in p.name() for p in engine)
-        os.kill(starter.child.process.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(engine, timeout=60)
-        assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+        assert any("EngineCore" in p.name() for p in starter.engine())
+        assert serving.left_by_kill_9(starter) == []
 
 
 # ---------------------------------------------------------------- several nodes
 
 
-@pytest.mark.parametrize("name", ["multi_node.sh", "data_parallel.sh", "ray_cluster.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [f"ch06_vllm/launch/{name}.sh" for name in ("multi_node", "data_parallel", "ray_cluster")]
+    + ["ch07_sglang_routing/launch/multi_node.sh"],
+)
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({}, "NNODES: how many nodes are there? set it"),
-        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: address of node 0? set it"),
-        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "which model? name it first"),
+        ({}, "error: NNODES is not set (how many nodes are there?); set it"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "error: MASTER_ADDR is not set (address of node 0?); set it"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "error: no model is named; its folder or id"),
     ],
 )
-def test_a_launch_script_says_what_it_lacks(name: str, env: dict[str, str], said: str) -> None:
-    done = process.run(["bash", f"ch06_vllm/launch/{name}"], timeout_s=30, env=env)
-    assert done.returncode != 0
-    assert said in done.stderr
+def test_a_launch_script_says_what_it_lacks(script: str, env: dict[str, str], said: str) -> None:
+    done = process.run(["bash", script], timeout_s=30, env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize("job", ["ch06_vllm/launch/vllm.sbatch", "ch07_sglang_routing/launch/sglang.sbatch"])
+def test_a_job_says_what_it_lacks(job: str, tmp_path: Path) -> None:
+    for folder, said in ((ROOT, "or no MODEL; name"), (tmp_path, "is not the repository's root; run sbatch there")):
+        start = ["bash", "-c", 'cd "$0" && bash "$1"', str(folder), str(ROOT / job)]
+        done = process.run(start, timeout_s=30, env={"SLURM_JOB_NAME": "job"})
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert said in line
 
 
 @pytest.mark.parametrize(
@@ -374,6 +339,30 @@ def broken(tmp_path: Path, served_model: Path) -> Path:
 def test_too_many_ranks_are_refused_at_once(served_model: Path, wanted: dict, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)), Server(served_model, "vllm", wanted):
         pass
+
+
+def test_ranks_of_this_host_are_a_nodes_part_of_all() -> None:
+    ranks = servers.ENGINES["vllm"].ranks
+    assert ranks({"tensor-parallel-size": 2, "pipeline-parallel-size": 3, "data-parallel-size": 2}) == 12
+    assert ranks({"tensor-parallel-size": 16, "nnodes": 2}) == 8
+    assert ranks({"data-parallel-size": 4, "data-parallel-size-local": 1}) == 1
+
+
+@pytest.mark.parametrize(("device", "visible"), [("auto", True), ("cuda", True), ("cpu", False)])
+def test_device_cpu_hides_the_gpus_of_a_machine_from_its_engines(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(bootstrap, "nvidia_driver_present", lambda: True)
+    servers.use_device(device)
+    assert bootstrap.gpus_visible() == visible
+    build = "cuda" if visible else "cpu"
+    assert bootstrap.engine_environment("sglang").name.startswith(f"sglang-{build}-")
+    stand_ins = [path.name for path in bootstrap.engine_pins("sglang") if path.suffix == ".py"]
+    assert stand_ins == ([] if visible else ["stand_ins.py"])  # never beside a driver that is used
+    monkeypatch.setattr(bootstrap, "nvidia_driver_present", lambda: False)
+    with pytest.raises(UserError, match="no GPU is visible"):
+        servers.use_device("cuda")
 
 
 def test_what_is_no_model_is_refused_at_once(broken: Path) -> None:

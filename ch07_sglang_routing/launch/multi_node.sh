@@ -13,9 +13,10 @@
 # Stop     Ctrl-C on node 0, then on the others
 set -euo pipefail
 
-# shellcheck source=ch07_sglang_routing/launch/node.sh
-source "${BASH_SOURCE[0]%/*}/node.sh"
+engine=sglang module=ch07_sglang_routing.sglang_engine
+# shellcheck source=ch06_vllm/launch/node.sh
+source "${BASH_SOURCE[0]%/*}/../../ch06_vllm/launch/node.sh"
 
 if [ -n "${INTERFACE:-}" ]; then export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE; fi
-exec python -m sglang.launch_server --model-path "$@" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+exec python -m sglang.launch_server --model-path "$1" --host 0.0.0.0 "${@:2}" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --dist-init-addr "$MASTER_ADDR:${MASTER_PORT:-20000}"
