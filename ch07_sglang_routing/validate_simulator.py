@@ -100,14 +100,14 @@ def rounds(
             args.requests, args.rate, np.random.default_rng((args.seed, number)), systems=8, system_tokens=192,
             turns=2.0, think_s=2.0, longest=900, new_tokens="lognormal:40,0.6", output_tokens="lognormal:32,0.5",
         )  # fmt: skip
-        for name in args.policies if number % 2 else reversed(args.policies):
+        for turn, name in enumerate(args.policies if number % 2 else reversed(args.policies)):
             samples = {}, {}
             calibrate()
             chosen = run.policy(name, setting)
             if args.clock == "cpu":
                 seen = by_hand.play(trace, chosen, real, ids)
             else:
-                seen = asyncio.run(live.play(trace, chosen, real, ids))
+                seen = asyncio.run(live.play(trace, chosen, real, ids, salt=1 + number * len(args.policies) + turn))
             calibrate()
             said = predicted(trace, name, setting, samples[0], samples[1] or samples[0])
             for measure, of in MEASURES.items():
@@ -116,8 +116,10 @@ def rounds(
             print(f"round {number + 1}, {name}: simulated / live: {show}  (busy {np.mean(said.busy):.0%})", flush=True)
     for key, values in ratios.items():
         found[f"{key}_ratio"], found[f"{key}_range"] = statistics.median(values), [min(values), max(values)]
-    print(f"the last round's: {live.fit(samples[0])}")
+    terms = dataclasses.asdict(live.fit(samples[0]))
+    print("the last round's, us:", "  ".join(f"{name.removesuffix('_s')} {1e6 * us:.2g}" for name, us in terms.items()))
     found["worst"] = max(abs(value - 1) for key, value in found.items() if key.endswith("_ratio"))
+    print(f"simulated / live, the median that is farthest from 1: {found['worst']:.1%} off")
     return found
 
 

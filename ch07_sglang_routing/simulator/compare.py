@@ -5,13 +5,18 @@ cancels in the difference. What remains is not independent from request to reque
 together, and one routing decision changes the caches for all that follow. So whole blocks of consecutive arrivals are
 drawn with replacement, the same ones for both policies (Künsch 1989). That works for any statistic, also for a
 percentile or a ratio of sums, where a t-interval of batch means does not. Blocks must be longer than a queue's memory:
-with 40 blocks of thousands of requests they are.
+40 of 12,000 requests hold 300 each, four seconds of the default trace.
+
+Percentiles of so few blocks are narrow by what a normal interval is to Student's: they are taken farther out, so that
+for a mean they are his (Hesterberg 2015, "expanded percentiles").
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -30,7 +35,8 @@ STATISTICS: dict[str, Statistic] = {  # of the requests with these indices
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate from all requests, and the 95 % interval of the bootstrap."""
+    """An estimate from all requests, and a 95 % interval; where a queue remembers a fifth of a block it holds the truth
+    in 92 %, as blocks' edges cut neighbours apart."""
 
     value: float
     low: float
@@ -43,17 +49,24 @@ class Interval:
         return [self.value, self.low, self.high]
 
 
+def students(freedom: int) -> float:
+    """The 97.5th percentile of Student's distribution, to 0.2 % from 10 degrees of freedom on (Abramowitz 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float], n: int, seed: int, *, blocks: int = BLOCKS, resamples: int = 400
 ) -> Interval:
-    """`statistic` of the indices 0 … n - 1, and the 2.5th and 97.5th percentile of it over resampled blocks of them."""
+    """`statistic` of the indices 0 … n - 1, and a 95 % interval from it over resampled blocks of them."""
     rng = np.random.default_rng(seed)
     parts = np.array_split(np.arange(n), min(blocks, n))
     drawn = [
         statistic(np.concatenate([parts[i] for i in rng.integers(len(parts), size=len(parts))]))
         for _ in range(resamples)
     ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    tail = 100 * NormalDist().cdf(-math.sqrt(len(parts) / (len(parts) - 1)) * students(len(parts) - 1))
+    low, high = np.percentile(drawn, [tail, 100 - tail])
     return Interval(statistic(np.arange(n)), float(low), float(high))
 
 

@@ -28,9 +28,9 @@ PATH = "/v1/completions"
 PAUSE_S = 0.2  # between measurements, on average: caches are as cold then, and cores as asleep, as in a trace
 
 
-def prompt(asked: Asked, ids: np.ndarray) -> list[int]:
-    """Its tokens in the model's vocabulary: the same number is always the same id."""
-    mixed = np.frombuffer(asked.tokens(), dtype=np.int64).astype(np.uint64)
+def prompt(asked: Asked, ids: np.ndarray, salt: int = 0) -> list[int]:
+    """Its tokens in the model's vocabulary: the same number is always the same id, with another salt another one."""
+    mixed = np.frombuffer(asked.tokens(), dtype=np.int64).astype(np.uint64) + np.uint64(salt << 44)
     for shift in (30, 27):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(0xBF58476D1CE4E5B9)
     return ids[(mixed >> np.uint64(33)) % np.uint64(len(ids))].tolist()
@@ -63,13 +63,15 @@ async def answer(
     return times
 
 
-async def play(trace: Trace, chooser: Chooser, servers: Sequence[Server], ids: np.ndarray) -> Played:
+async def play(trace: Trace, chooser: Chooser, servers: Sequence[Server], ids: np.ndarray, salt: int = 0) -> Played:
     """Each request at its moment, to the server that the policy says; as simulator.run.play, with a real clock.
+
+    Another salt is other words: nothing is found that an earlier trace left in the caches.
 
     Latencies count from the moment at which a request should have been sent (no coordinated omission).
     """
     counts = [Counts(f"worker-{number}") for number in range(len(servers))]
-    prompts = [prompt(asked, ids) for asked in trace]
+    prompts = [prompt(asked, ids, salt) for asked in trace]
     first_s, finish_s, sent_to = np.zeros(len(trace)), np.zeros(len(trace)), np.zeros(len(trace), dtype=int)
     before = [hits(server) for server in servers]
 
