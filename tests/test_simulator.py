@@ -16,7 +16,8 @@ from ch06_vllm.engine.request import Config, Request, SamplingParams
 from ch06_vllm.engine.scheduler import Scheduler
 from ch07_sglang_routing.router.policies import POLICIES
 from ch07_sglang_routing.simulator import by_hand, compare, live, run, traces
-from ch07_sglang_routing.simulator.engine import IDLE, Engine, Sequence
+from ch07_sglang_routing.simulator.decoding import Sequence
+from ch07_sglang_routing.simulator.engine import IDLE, Engine
 from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.traces import Asked
 from tests.tiny_models import build

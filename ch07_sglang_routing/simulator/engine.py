@@ -2,9 +2,7 @@
 
 What is computed when, what hits the prefix cache and who is preempted are decided as ch06_vllm/engine/scheduler.py
 decides (tests play both on the same requests); its block pool is used as it is. How long a step takes is a formula
-(Physics). Steps in which nothing is decided, all requests generating, are taken at once: requests that generate are
-kept as sums (how many, of how much context, how many need a block at which step), so that a run of n steps costs the
-same as one.
+(physics.py). Steps in which nothing is decided, all requests generating, are taken at once (decoding.py).
 
 Two things differ: a request's answer enters the prefix cache when it ends, not block by block; and arrivals all have
 the same priority.
@@ -13,32 +11,15 @@ the same priority.
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
 from collections.abc import Callable, Iterator
 
 from ch06_vllm.engine.block_pool import BlockPool
 from ch06_vllm.engine.request import Config
+from ch07_sglang_routing.simulator.decoding import Decoding, Sequence
 from ch07_sglang_routing.simulator.physics import Physics
 
 IDLE = math.inf
-
-
-class Sequence:
-    """A request in an engine. `hashes`: a name for the content of each full block, of the prompt and the answer."""
-
-    __slots__ = ("blocks", "cached", "computed", "decoding", "ends_at", "hashes", "index", "number", "output",
-                 "preemptions", "prompt", "published", "tokens")  # fmt: skip
-
-    def __init__(self, index: int, prompt: int, output: int, hashes: list[int]) -> None:
-        self.index, self.prompt, self.output, self.hashes = index, prompt, output, hashes
-        self.number = 0
-        self.tokens = prompt  # known: the prompt's and what was generated
-        self.computed = 0  # of them with keys and values; while it decodes, less the step at which it began to
-        self.cached = self.preemptions = self.published = 0
-        self.decoding = False
-        self.ends_at = 0  # while it decodes: after so many steps of the engine
-        self.blocks: list[int] = []
 
 
 class Engine:
@@ -70,12 +51,7 @@ class Engine:
         self.num_preemptions = self.prefix_queries = self.prefix_hits = self.steps = 0
         self.busy_s = 0.0
         self._number = 0
-        # The requests that decode, as sums over them. At step k each computes its token number k + computed.
-        self._decoding = self._computed = 0
-        self._crossing = [0] * self.size  # how many take a block at the steps of this remainder
-        self._pushed = 0
-        self._spare: list[int] = []  # blocks taken for them and not yet in their tables
-        self._ends: list[tuple[int, int, Sequence]] = []  # a heap by step; those preempted since are still in it
+        self.decoding = Decoding(self.size)
         # What goes on until wake_s: so many steps that only decode, or one step with other shares too.
         self._began_s = 0.0
         self._planned = 0
@@ -86,7 +62,11 @@ class Engine:
     def num_requests(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def decoding(self) -> Iterator[tuple[int, int]]:
+    def context(self) -> int:
+        """Tokens that those that decode attend to at the next step."""
+        return self.decoding.context(self.steps + 1)
+
+    def rests(self) -> Iterator[tuple[int, int]]:
         """(tokens still to come, tokens of context) of each running request that decodes."""
         for sequence in self.running:
             if sequence.decoding:
@@ -105,24 +85,24 @@ class Engine:
             self._plan(now_s)
         elif self._planned > 1 and len(self.waiting) == 1 and len(self.running) < self.config.max_num_seqs:
             # It is looked at when the step that now runs is over. (Behind others that wait it would change nothing.)
-            elapsed_s, context = now_s - self._began_s, self._context()
-            if (steps := self.physics.steps_until(self._decoding, context, elapsed_s)) < self._planned:
+            elapsed_s, singles, context = now_s - self._began_s, self.decoding.number, self.context()
+            if (steps := self.physics.steps_until(singles, context, elapsed_s)) < self._planned:
                 self._planned = steps
-                self.wake_s = self._began_s + self.physics.run(self._decoding, context, steps)
+                self.wake_s = self._began_s + self.physics.run(singles, context, steps)
 
     def fire(self) -> None:
         """What was planned is over, at wake_s."""
         now_s = self.wake_s
         self.busy_s += now_s - self._began_s
         steps = self._planned or 1
-        self._take_spare(self.steps + 1, self.steps + steps)  # for the first step they were taken when it was planned
+        self.decoding.take_blocks(
+            self.pool, self.steps + 1, self.steps + steps
+        )  # for the first step they were taken when it was planned
         self.steps += steps
         ended = self._end_shares(now_s)
-        while self._ends and self._ends[0][0] <= self.steps:
-            sequence = heapq.heappop(self._ends)[-1]
-            if sequence.decoding and sequence.ends_at <= self.steps:
-                self._settle(sequence)
-                ended.append(sequence)
+        for sequence in self.decoding.ended(self.steps):
+            self._settle(sequence)
+            ended.append(sequence)
         ended.sort(key=_number)
         for sequence in [*ended, *self._admitted]:  # the order in which blocks become free is that of the shares
             if sequence.tokens == sequence.prompt + sequence.output and sequence.blocks:
@@ -135,7 +115,7 @@ class Engine:
         """Decide on the next steps."""
         self._began_s, self._planned, self._shares, self._admitted = now_s, 0, [], []
         preempted, budget = self._share_out()
-        decoding, context = self._decoding, self._context()
+        singles, context = self.decoding.number, self.context()
         while self.waiting and not preempted and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
             found = self.pool.match(sequence.hashes[: (sequence.tokens - 1) // self.size]) if self.pool.caching else []
@@ -159,8 +139,8 @@ class Engine:
             self._admitted.append(sequence)
             budget -= count
         if self._shares:
-            self._start_step(decoding, context)
-        elif self._decoding:
+            self._start_step(singles, context)
+        elif singles:
             self._start_run(context)
         elif preempted:
             self._plan(now_s)  # the only one that ran was preempted, and nothing was computed
@@ -170,7 +150,7 @@ class Engine:
     def _share_out(self) -> tuple[bool, int]:
         """Tokens and blocks for those that run: whether one was preempted, and what is left of the budget."""
         budget = self.config.max_num_batched_tokens - len(self.running)  # a token for each is set aside
-        needed = self._crossing[self.steps % self.size]
+        needed = self.decoding.needed(self.steps, self.steps + 1)
         for sequence in self.prefilling:
             count = self._count(sequence.tokens - sequence.computed, budget + 1)
             budget -= count - 1
@@ -178,7 +158,7 @@ class Engine:
             self._shares.append((sequence, count))
         if needed > self.pool.num_free:
             return self._share_out_one_by_one()
-        self._take_spare(self.steps, self.steps + 1)
+        self.decoding.take_blocks(self.pool, self.steps, self.steps + 1)
         for sequence, count in self._shares:
             self._reserve(sequence, count)
         return False, budget
@@ -220,19 +200,19 @@ class Engine:
 
     def _start_run(self, context: int) -> None:
         """Steps without a decision: until the first request ends, or blocks may be short."""
-        while not self._ends[0][-1].decoding or self._ends[0][-1].ends_at != self._ends[0][0]:
-            heapq.heappop(self._ends)
-        steps, free = self._ends[0][0] - self.steps, self.pool.num_free
-        if self._needed(self.steps + 1, self.steps + steps) > free:
+        steps, free = self.decoding.next_end() - self.steps, self.pool.num_free
+        if self.decoding.needed(self.steps + 1, self.steps + steps) > free:
             fit = 1  # the first has its blocks
             while steps - fit > 1:
                 middle = (fit + steps) // 2
                 fit, steps = (
-                    (middle, steps) if self._needed(self.steps + 1, self.steps + middle) <= free else (fit, middle)
+                    (middle, steps)
+                    if self.decoding.needed(self.steps + 1, self.steps + middle) <= free
+                    else (fit, middle)
                 )
             steps = fit
         self._planned = steps
-        self.wake_s = self._began_s + self.physics.run(self._decoding, context, steps)
+        self.wake_s = self._began_s + self.physics.run(self.decoding.number, context, steps)
 
     # ------------------------------------------------------------ a step ends
 
@@ -248,35 +228,14 @@ class Engine:
                     self.on_first(sequence.index, now_s)
                 sequence.tokens += 1
                 if sequence.tokens < sequence.prompt + sequence.output:
-                    self._decode(sequence)
+                    self.prefilling.remove(sequence)
+                    self.decoding.add(sequence, self.steps)
                 elif sequence not in self._admitted:
                     ended.append(sequence)
         return ended
 
-    def _decode(self, sequence: Sequence) -> None:
-        """It generates from the next step on."""
-        self.prefilling.remove(sequence)
-        sequence.decoding = True
-        sequence.ends_at = self.steps + sequence.prompt + sequence.output - sequence.tokens
-        sequence.computed -= self.steps
-        self._decoding += 1
-        self._computed += sequence.computed
-        self._crossing[-sequence.computed % self.size] += 1
-        self._pushed += 1
-        heapq.heappush(self._ends, (sequence.ends_at, self._pushed, sequence))
-
     def _settle(self, sequence: Sequence) -> None:
-        """It decodes no more: what it computed meanwhile is written down."""
-        self._decoding -= 1
-        self._computed -= sequence.computed
-        self._crossing[-sequence.computed % self.size] -= 1
-        sequence.decoding = False
-        sequence.computed += self.steps
-        sequence.tokens = sequence.computed + 1
-        lacking = -(-sequence.computed // self.size) - len(sequence.blocks)
-        if lacking > 0:
-            sequence.blocks += self._spare[-lacking:]
-            del self._spare[-lacking:]
+        self.decoding.remove(sequence, self.steps)
         self._publish(sequence)
 
     def _finish(self, sequence: Sequence, now_s: float) -> None:
@@ -295,22 +254,6 @@ class Engine:
         bisect.insort(self.waiting, sequence, key=_number)
 
     # ------------------------------------------------------------ blocks
-
-    def _context(self) -> int:
-        """Tokens that those that decode attend to at the next step."""
-        return self._computed + self._decoding * (self.steps + 1)
-
-    def _needed(self, first: int, end: int) -> int:
-        """Blocks that those that decode take from step `first` on, before step `end`."""
-        rounds, rest = divmod(end - first, self.size)
-        needed = rounds * self._decoding
-        for step in range(first, first + rest):
-            needed += self._crossing[step % self.size]
-        return needed
-
-    def _take_spare(self, first: int, end: int) -> None:
-        if self._decoding and (needed := self._needed(first, end)):
-            self._spare += self.pool.allocate(needed)
 
     def _count(self, pending: int, budget: int) -> int:
         if pending > budget and not self.config.enable_chunked_prefill:
@@ -342,8 +285,8 @@ class Engine:
         Raises:
             AssertionError: what does not.
         """
-        self.pool.check([*(sequence.blocks for sequence in self.running), self._spare])
-        assert self._decoding == sum(sequence.decoding for sequence in self.running)
+        self.pool.check([*(sequence.blocks for sequence in self.running), self.decoding.spare])
+        assert self.decoding.number == sum(sequence.decoding for sequence in self.running)
         assert len(self.running) <= self.config.max_num_seqs
         assert [s for s in self.running if not s.decoding] == self.prefilling
         assert not any(sequence.blocks for sequence in self.waiting)

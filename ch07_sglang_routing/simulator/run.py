@@ -18,7 +18,8 @@ import numpy as np
 from ch06_vllm.engine.request import Config
 from ch07_sglang_routing.router.policies import POLICIES, Ask, CacheAware, least_work, longest_prefix
 from ch07_sglang_routing.router.radix import RadixTree
-from ch07_sglang_routing.simulator.engine import Engine, Sequence
+from ch07_sglang_routing.simulator.decoding import Sequence
+from ch07_sglang_routing.simulator.engine import Engine
 from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.traces import Asked, Trace
 
@@ -140,7 +141,7 @@ class Informed:
         prefill_s = self._prefill(cached, asked.prompt)
         ahead_s, others, own_s, theirs_s = 0.0, 0, 0.0, 0.0
         mine = physics.decode_seq_s + physics.decode_context_s * (asked.prompt + asked.output / 2)
-        rest: list[tuple[int, float]] = list(engine.decoding())
+        rest: list[tuple[int, float]] = list(engine.rests())
         for sequence in [*engine.prefilling, *engine.waiting]:
             ahead_s += self._prefill(sequence.computed, sequence.tokens)
             rest.append((sequence.prompt + sequence.output - sequence.tokens, sequence.tokens))
@@ -153,7 +154,7 @@ class Informed:
         queue_s = 0.0
         if behind > 0:  # it waits until so many have ended
             ends = sorted(left for left, _ in rest)
-            queue_s = ends[min(behind, len(ends)) - 1] * physics.step(len(engine.running), engine._context(), 0, 0)
+            queue_s = ends[min(behind, len(ends)) - 1] * physics.step(len(engine.running), engine.context(), 0, 0)
         alone_s = asked.output * (physics.step_s + mine)
         return queue_s + ahead_s + prefill_s + alone_s + own_s + others * prefill_s + theirs_s
 
