@@ -313,6 +313,10 @@ def test_the_engines_own_client_streams_through_it() -> None:
         (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000 + b"\r\n\r\n"),
         (404, b"POST /flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
         (404, b"POST /v1/../flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (404, b"POST /v1/%2e./flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (404, b"POST /v1/load_lora_adapter HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
+        (404, b"POST /v1/unload%5flora_adapter HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
+        (404, b"POST /generate_secret HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
     ],
 )  # fmt: skip
 def test_what_could_be_read_in_two_ways_reaches_no_worker(status: int, request_bytes: bytes) -> None:
@@ -416,7 +420,7 @@ def test_when_nobody_can_answer_the_error_says_so_in_openais_shape() -> None:
         async def never(call: Call) -> None:
             await call.left.wait()
 
-        limits = Limits(answer_s=0.2, backoff_s=0.001)
+        limits = Limits(first_byte_s=0.2, backoff_s=0.001)
         async with Backend(never) as worker, routed(worker.url, limits=limits) as router:
             said, body = await raw(router, post(ASKED))
             assert (said, json.loads(body)["error"]["type"]) == (504, "timeout_error")
@@ -526,7 +530,7 @@ def test_a_client_that_does_not_read_holds_up_the_worker_and_not_memory() -> Non
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
             writer.transport.pause_reading()
             writer.write(post(ASKED))
-            await until(lambda: any(client._stalled_from is not None for client in router.clients), "a stalled client")
+            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
             (client,) = router.clients
             assert client.transport.get_write_buffer_size() < 2 * 2**20
             await until(lambda: in_flight(router) == (0, 0), "the limit for one that does not read")
@@ -556,7 +560,7 @@ def test_who_does_not_read_leaves_the_connection_to_the_worker_as_it_was() -> No
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**16)
             writer.transport.pause_reading()
             writer.write(post(ASKED) * 100)
-            await until(lambda: any(client._stalled_from is not None for client in router.clients), "a stalled client")
+            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
             await until(lambda: in_flight(router) == (0, 0) or len(worker.calls) > 90, "no request begun for it")
             (client,) = router.clients
             assert client.transport.get_write_buffer_size() < 2**20
@@ -755,8 +759,10 @@ def test_metrics_are_prometheus_text_and_ask_nobody() -> None:
             await call.left.wait()
 
         async with Backend() as worker, routed(worker.url) as router:
+            long = json.dumps({"prompt": "0123456789" * 10}).encode()
             for _ in range(3):
-                await raw(router, post(ASKED))
+                await raw(router, post(long))
+            router.metrics.prompt_tokens += 12_345_678
             worker.handler = never
             hanging = asyncio.create_task(raw(router, post(b'{"prompt": "another one, longer"}')))
             await until(lambda: in_flight(router)[0] == 1, "a request that hangs")
@@ -770,7 +776,8 @@ def test_metrics_are_prometheus_text_and_ask_nobody() -> None:
             assert values["router_requests_total"] == 3
             assert values["router_in_flight"] == 1
             assert values["router_pending_tokens"] == 4
-            assert values["router_matched_tokens_total"] == 8  # the same 16 characters twice again
+            assert values["router_matched_tokens_total"] == 2 * 16  # twice again: of 100 characters one whole block
+            assert values["router_prompt_tokens_total"] == 12_345_678 + 3 * 25  # to the last digit; one has no answer
             assert values["router_request_seconds_count"] == 3
             hanging.cancel()
 
@@ -824,7 +831,9 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
         ("--worker http://x:99999999", "give it as http://HOST:PORT"),
         ("--worker x:1 --worker http://x:1", "already"),
         ("--prefill x:1", "--prefill and --decode"),
-        ("--policy random", "invalid choice"),
+        ("--policy random", "is no policy"),
+        ("--worker http://x:0", "give it as http://HOST:PORT"),
+        ("--worker x:1 --prefill x:2 --decode x:3", "one or the other"),
         ("--host 203.0.113.7", "cannot be taken"),
     ):
         done = process.run(f"{start} {words}", timeout_s=60)
