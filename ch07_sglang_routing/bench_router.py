@@ -22,7 +22,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from ch06_vllm.servers import HOST, answers
-from ch07_sglang_routing.router.policies import POLICIES
+from ch07_sglang_routing.router.policies import named
 from ch07_sglang_routing.router.running import Routing, peer_installed
 from common import process, script
 from common.bootstrap import cache_dir
@@ -42,17 +41,18 @@ from common.script import UserError
 
 SOURCE = Path(__file__).with_name("fake_engine.c")
 PATH = "/v1/completions"
+LONGEST_PROMPT = 60_000  # characters: fake_engine.c has room for 64 KiB of a request
+START_S = 20.0
 COLUMNS = ("requests_per_s", "p50_ms", "p99_ms", "added_p50_ms", "cpu_us")
 UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 Json = dict[str, Any]
 
 
-@contextlib.contextmanager
-def fake_engines(number: int) -> Iterator[list[str]]:
-    """URLs of workers that answer at once, all of one process. Compiled once, into the cache.
+def fake_engine() -> Path:
+    """The program, which takes ports. Compiled once, into the cache.
 
     Raises:
-        UserError: no C compiler, or they do not start.
+        UserError: no C compiler, or it does not compile.
     """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
@@ -61,14 +61,28 @@ def fake_engines(number: int) -> Iterator[list[str]]:
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
         partial = program.with_suffix(f".{time.time_ns()}")
-        subprocess.run([compiler, "-O2", "-o", str(partial), str(SOURCE)], check=True, timeout=120)
+        done = process.run([compiler, "-O2", "-o", str(partial), str(SOURCE)], timeout_s=120)
+        if done.returncode:
+            raise UserError(f"{compiler} {done.reason()}: {done.stderr.strip()[-200:]}; see whether it compiles at all")
         partial.replace(program)
+    return program
+
+
+@contextlib.contextmanager
+def fake_engines(number: int) -> Iterator[list[str]]:
+    """URLs of workers that answer at once, all of one process.
+
+    Raises:
+        UserError: they do not start.
+    """
     ports = [free_port() for _ in range(number)]
-    with process.Child([str(program), *map(str, ports)]) as child:
+    with process.Child([str(fake_engine()), *map(str, ports)]) as child:
         urls = [f"http://{HOST}:{port}" for port in ports]
         while not answers(f"{urls[-1]}/health"):
             if child.process.poll() is not None:
                 raise UserError(f"the fake engines did not start ({' '.join(child.err).strip()}); start it again")
+            if time.monotonic() > child.started + START_S:
+                raise UserError(f"the fake engines do not answer after {START_S:g} s; see whether {urls[-1]} is taken")
             time.sleep(0.02)
         yield urls
 
@@ -101,7 +115,7 @@ class Asking(asyncio.Protocol):
 
     def __init__(self, request: bytes, seen: list[float], failed: list[bytes]) -> None:
         self.request, self.seen, self.failed = request, seen, failed
-        self.buffer = b""
+        self.buffer, self.done = b"", False
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -122,6 +136,10 @@ class Asking(asyncio.Protocol):
             self.buffer = b""
             self.ask()
 
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done:
+            self.failed.append(b"the connection was lost")
+
 
 async def with_python(url: str, body: str, connections: int, seconds: float) -> Json:
     """The same as with_wrk."""
@@ -136,8 +154,13 @@ async def with_python(url: str, body: str, connections: int, seconds: float) -> 
     began = len(seen)
     await asyncio.sleep(seconds)
     seen = seen[began:]
-    for transport, _ in made:
+    for transport, asking in made:
+        asking.done = True
         transport.abort()
+    if len(seen) < 2:
+        raise UserError(
+            f"{url} answered {len(seen)} requests in {seconds:g} s; see whether it answers, or measure longer"
+        )
     cuts = statistics.quantiles(seen, n=100)
     return {
         "requests_per_s": len(seen) / seconds,
@@ -182,15 +205,17 @@ def main(argv: list[str] | None = None) -> Json:
     parser.add_argument("--seconds", type=script.positive, default=3, help="of a turn")
     parser.add_argument("--connections", type=script.at_least(1), default=16)
     parser.add_argument("--workers", type=script.at_least(1), default=2)
-    parser.add_argument("--policy", choices=tuple(POLICIES), default="joint")
+    parser.add_argument("--policy", type=named, default="joint")
     parser.add_argument("--prompt-characters", type=script.at_least(1), default=48)
     args = parser.parse_args(argv)
+    if args.prompt_characters > LONGEST_PROMPT:
+        raise UserError(f"the fake engines take no longer prompt; give --prompt-characters up to {LONGEST_PROMPT}")
     run = script.start(__file__, args)
     rng, body = random.Random(args.seed), prompt_body(args.prompt_characters)
     wrk = shutil.which("wrk") is not None
     peer = peer_installed()
     print(f"client: {'wrk' if wrk else 'Python (make system-deps for wrk)'}; sglang-router: "
-          f"{'0.3.2' if peer else 'missing (make setup-routers)'}")  # fmt: skip
+          f"{'installed' if peer else 'missing (make setup-routers)'}")  # fmt: skip
 
     def measure(url: str, seconds: float) -> Json:
         if wrk:

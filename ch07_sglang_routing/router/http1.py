@@ -43,7 +43,8 @@ class Head:
     """The head of a request or an answer.
 
     fields: lower-case names -> values; of those that came twice the last, of Connection all. own: the raw
-    fields that go on to the next connection. length: bytes of the body; None: until the connection is closed. chunked: framed by chunks instead.
+    fields that go on to the next connection. length: bytes of the body; None: until the connection is closed. chunked:
+    framed by chunks instead.
     """
 
     __slots__ = ("chunked", "close", "fields", "length", "method", "own", "status", "target")
