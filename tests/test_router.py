@@ -106,7 +106,7 @@ class Backend:
         self._server.close()
         for writer in list(self._writers):
             writer.transport.abort()
-        await asyncio.sleep(0)
+        await until(lambda: not self._writers, "all handlers ended")  # else they are cancelled with the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
