@@ -16,135 +16,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import random
-import re
 import shutil
 import statistics
-import subprocess
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 
-from ch06_vllm.servers import HOST, answers
-from ch07_sglang_routing.router.policies import POLICIES
+from ch07_sglang_routing.router.policies import named
 from ch07_sglang_routing.router.running import Routing, peer_installed
-from common import process, script
-from common.bootstrap import cache_dir
-from common.ranks import free_port
+from ch07_sglang_routing.router_load import LONGEST_PROMPT, UNIQUE, fake_engines, prompt_body, with_python, with_wrk
+from common import script
 from common.script import UserError
 
-SOURCE = Path(__file__).with_name("fake_engine.c")
-PATH = "/v1/completions"
 COLUMNS = ("requests_per_s", "p50_ms", "p99_ms", "added_p50_ms", "cpu_us")
-UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 Json = dict[str, Any]
-
-
-@contextlib.contextmanager
-def fake_engines(number: int) -> Iterator[list[str]]:
-    """URLs of workers that answer at once, all of one process. Compiled once, into the cache.
-
-    Raises:
-        UserError: no C compiler, or they do not start.
-    """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise UserError("there is no C compiler for fake_engine.c; install gcc")
-    program = cache_dir() / "kernels" / f"fake_engine-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}"
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        partial = program.with_suffix(f".{time.time_ns()}")
-        subprocess.run([compiler, "-O2", "-o", str(partial), str(SOURCE)], check=True, timeout=120)
-        partial.replace(program)
-    ports = [free_port() for _ in range(number)]
-    with process.Child([str(program), *map(str, ports)]) as child:
-        urls = [f"http://{HOST}:{port}" for port in ports]
-        while not answers(f"{urls[-1]}/health"):
-            if child.process.poll() is not None:
-                raise UserError(f"the fake engines did not start ({' '.join(child.err).strip()}); start it again")
-            time.sleep(0.02)
-        yield urls
-
-
-def prompt_body(characters: int) -> str:
-    words = "the quick brown fox jumps over the lazy dog and " * (characters // 48 + 1)
-    return json.dumps({"model": "fake", "prompt": words[:characters], "max_tokens": 3, "temperature": 0})
-
-
-def with_wrk(url: str, body: str, connections: int, seconds: float, folder: Path) -> Json:
-    """One run of wrk: requests_per_s, p50_ms, p99_ms, failed."""
-    lua = folder / "post.lua"
-    lua.write_text(
-        f"wrk.method = 'POST'\nwrk.body = [==[{body}]==]\nwrk.headers['Content-Type'] = 'application/json'\n"
-    )
-    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", str(lua), url + PATH]
-    done = process.run(words, timeout_s=seconds + 30)
-    said = done.stdout
-    if done.returncode or "Requests/sec" not in said:
-        raise UserError(f"wrk {done.reason()}: {(done.stderr or said).strip()[-200:]}; see whether {url} answers")
-    at = {p: float(value) * UNITS_MS[unit] for p, value, unit in re.findall(r"(\d\d)% +([\d.]+)(us|ms|s)\b", said)}
-    failed = sum(map(int, re.findall(r"Non-2xx[^:]*: (\d+)", said)))
-    failed += sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", said)))
-    rate = float(re.search(r"Requests/sec: +([\d.]+)", said)[1])  # type: ignore[index]
-    return {"requests_per_s": rate, "p50_ms": at["50"], "p99_ms": at["99"], "failed": failed}
-
-
-class Asking(asyncio.Protocol):
-    """One connection of the client in Python: the next request when an answer is whole."""
-
-    def __init__(self, request: bytes, seen: list[float], failed: list[bytes]) -> None:
-        self.request, self.seen, self.failed = request, seen, failed
-        self.buffer = b""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.ask()
-
-    def ask(self) -> None:
-        self.asked = time.perf_counter()
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        head, end, body = self.buffer.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        if end and length and len(body) >= int(length[1]):
-            self.seen.append(time.perf_counter() - self.asked)
-            if not head.startswith(b"HTTP/1.1 200"):
-                self.failed.append(head)
-            self.buffer = b""
-            self.ask()
-
-
-async def with_python(url: str, body: str, connections: int, seconds: float) -> Json:
-    """The same as with_wrk."""
-    seen: list[float] = []
-    failed: list[bytes] = []
-    where = urlsplit(url)
-    head = f"POST {PATH} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
-    loop = asyncio.get_running_loop()
-    made = [await loop.create_connection(lambda: Asking(request, seen, failed), where.hostname, where.port)
-            for _ in range(connections)]  # fmt: skip
-    began = len(seen)
-    await asyncio.sleep(seconds)
-    seen = seen[began:]
-    for transport, _ in made:
-        transport.abort()
-    cuts = statistics.quantiles(seen, n=100)
-    return {
-        "requests_per_s": len(seen) / seconds,
-        "p50_ms": cuts[49] * 1e3,
-        "p99_ms": cuts[98] * 1e3,
-        "failed": len(failed),
-    }
 
 
 def scrapes_ms(url: str, times: int = 51) -> list[float]:
@@ -156,6 +47,37 @@ def scrapes_ms(url: str, times: int = 51) -> list[float]:
             answer.read()
         took.append((time.perf_counter() - began) * 1e3)
     return took
+
+
+@contextlib.contextmanager
+def scraper(url: str) -> Iterator[None]:
+    """Scrapes twenty times a second meanwhile."""
+    over = threading.Event()
+
+    def scrape() -> None:
+        while not over.wait(0.05):
+            scrapes_ms(url, 1)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def grown_mib(router: Routing, prompts: int, turn: Callable[[str], int]) -> float:
+    """What its memory grows by over so many prompts that are all different, after a fifth of them has filled its tree.
+
+    turn: sends some to a URL, says how many.
+    """
+    process_of, sent, full = psutil.Process(router.child.process.pid), 0, 0
+    while sent < prompts:
+        sent += turn(router.url)
+        if not full and sent >= prompts / 5:
+            full = process_of.memory_info().rss
+    return (process_of.memory_info().rss - full) / 2**20 if full else float("nan")
 
 
 def draw(path: Path, seen: dict[str, list[Json]]) -> None:
@@ -182,15 +104,19 @@ def main(argv: list[str] | None = None) -> Json:
     parser.add_argument("--seconds", type=script.positive, default=3, help="of a turn")
     parser.add_argument("--connections", type=script.at_least(1), default=16)
     parser.add_argument("--workers", type=script.at_least(1), default=2)
-    parser.add_argument("--policy", choices=tuple(POLICIES), default="joint")
+    parser.add_argument("--policy", type=named, default="joint")
+    parser.add_argument("--unique", type=script.at_least(0), default=1_000_000, metavar="PROMPTS",
+                        help="at the end, all different: what memory ours gains by them")  # fmt: skip
     parser.add_argument("--prompt-characters", type=script.at_least(1), default=48)
     args = parser.parse_args(argv)
+    if args.prompt_characters > LONGEST_PROMPT:
+        raise UserError(f"the fake engines take no longer prompt; give --prompt-characters up to {LONGEST_PROMPT}")
     run = script.start(__file__, args)
     rng, body = random.Random(args.seed), prompt_body(args.prompt_characters)
     wrk = shutil.which("wrk") is not None
     peer = peer_installed()
     print(f"client: {'wrk' if wrk else 'Python (make system-deps for wrk)'}; sglang-router: "
-          f"{'0.3.2' if peer else 'missing (make setup-routers)'}")  # fmt: skip
+          f"{'installed' if peer else 'missing (make setup-routers)'}")  # fmt: skip
 
     def measure(url: str, seconds: float) -> Json:
         if wrk:
@@ -205,6 +131,12 @@ def main(argv: list[str] | None = None) -> Json:
         used_s = sum(process_of.cpu_times()[:2]) - before if process_of else 0.0
         return seen | {"cpu_us": used_s * 1e6 / (seen["requests_per_s"] * args.seconds)}
 
+    def unique_turn(url: str) -> int:
+        unique = prompt_body(args.prompt_characters).replace("the", UNIQUE, 1)
+        turn = (with_wrk(url, unique, args.connections, 2, run.folder) if wrk
+                else asyncio.run(with_python(url, unique, args.connections, 2)))  # fmt: skip
+        return int(turn["requests_per_s"] * 2)
+
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(fake_engines(args.workers))
         routers = {"ours": stack.enter_context(Routing(workers, policy=args.policy))}
@@ -214,9 +146,12 @@ def main(argv: list[str] | None = None) -> Json:
         for url in urls.values():
             measure(url, min(1.0, args.seconds))  # warm
         rounds: list[dict[str, Json]] = []
+        scraped_turns: list[Json] = []
         for number in range(args.rounds):
             order = rng.sample(list(urls), len(urls))
             rounds.append({name: measured(routers.get(name), urls[name]) for name in order})
+            with scraper(urls["ours"]):
+                scraped_turns.append(measured(routers["ours"], urls["ours"]))
             for name, seen in rounds[-1].items():
                 seen["added_p50_ms"] = seen["p50_ms"] - rounds[-1]["direct"]["p50_ms"]
                 run.log(round=number, router=name, **seen)
@@ -225,11 +160,18 @@ def main(argv: list[str] | None = None) -> Json:
             name: psutil.Process(router.child.process.pid).memory_info().rss / 2**20 for name, router in routers.items()
         }
 
+        growth_mib = grown_mib(routers["ours"], args.unique, unique_turn)
+
     def median(name: str, what: str) -> float:
         return statistics.median(seen[name][what] for seen in rounds)
 
     def ratio(what: str) -> float:
         return statistics.median(seen["ours"][what] / seen["sglang"][what] for seen in rounds) if peer else float("nan")
+
+    def paired(what: str) -> float:
+        return statistics.median(
+            turn[what] / seen["ours"][what] for turn, seen in zip(scraped_turns, rounds, strict=True)
+        )
 
     print(f"{'':8} {'requests/s':>11} {'p50 ms':>8} {'p99 ms':>8} {'added p50':>10} {'CPU us':>7} {'RSS MiB':>8}")
     for name in urls:
@@ -241,12 +183,16 @@ def main(argv: list[str] | None = None) -> Json:
     found: Json = {
         "client": "wrk" if wrk else "python", "rounds": args.rounds,
         "scrape_ms_p50": statistics.median(scraped), "scrape_ms_max": max(scraped),
+        # what others wait while somebody scrapes, beside the same without
+        "scraped_p99_ratio": paired("p99_ms"), "scraped_max_ratio": paired("max_ms"),
     }  # fmt: skip
     for name in urls:
         found |= {f"{name}_{what}": median(name, what) for what in COLUMNS}
     found |= {f"{name}_rss_mib": mib for name, mib in rss.items()}
     return found | {
         "failed": sum(seen["failed"] for each in rounds for seen in each.values()),
+        "unique_prompts": args.unique,
+        "rss_growth_mib": growth_mib,
         "requests_ratio": ratio("requests_per_s"),
         "added_p50_ratio": ratio("added_p50_ms"),
         "cpu_ratio": ratio("cpu_us"),

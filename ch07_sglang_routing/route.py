@@ -9,8 +9,9 @@ You see     for each policy the hit rate of the prefix caches, by the engines' o
 
 Each request is one of some prefixes, as system prompts or documents are, and a tail of its own. One engine's cache does
 not hold all prefixes, all engines' together do. In a round every contestant has its turn before the same engines, with
-the same lengths, order and arrivals, and with words of its own, so that none finds what another left. Prompts are text,
-as sglang-router takes no token ids.
+the same lengths, order and arrivals (the next round has others), and with words of its own, so that none finds what
+another left. A turn that does not count goes before all: whoever came first would pay for cold engines. Prompts are
+text, as sglang-router takes no token ids.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from ch06_vllm.client import Client, Retry
 from ch06_vllm.scrape import scrape
 from ch06_vllm.servers import Server
 from ch06_vllm.started import HELP, engine_and_model, folder_of, server
-from ch07_sglang_routing.router.policies import POLICIES
+from ch07_sglang_routing.router.policies import POLICIES, named
 from ch07_sglang_routing.router.running import Routing, peer_installed
 from common import script
 from common.script import UserError
 
 Json = dict[str, Any]
 BLOCK = 16
+WARM = 16  # requests of the turn that does not count
 PEER = "sglang-router"  # with its own policy, cache_aware
 COUNTS = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", "vllm:request_success_total")
 FIGURES = ("hit_rate", "ttft_ms_p50", "ttft_ms_p99", "largest_share")
@@ -44,9 +46,7 @@ FIGURES = ("hit_rate", "ttft_ms_p50", "ttft_ms_p99", "largest_share")
 
 def contestant(text: str) -> str:
     """argparse type: a name of POLICIES, or PEER."""
-    if text not in (*POLICIES, PEER):
-        raise UserError(f"{text!r} is no policy; take some of {', '.join((*POLICIES, PEER))}")
-    return text
+    return text if text == PEER else named(text)
 
 
 def engine_options(engine: str, cache_tokens: int, longest: int) -> Json:
@@ -76,9 +76,9 @@ def single_token_words(folder: Path) -> list[str]:
     return [word for word in spaced if len(tokenizer.encode(word * 2, add_special_tokens=False).ids) == 2]
 
 
-def trace(args: Any, words: list[str], *turn: int) -> tuple[list[load.Request], np.ndarray]:
-    """Requests and arrivals. Lengths, order and arrivals hang on the seed alone, the words on the turn too."""
-    shape, own = np.random.default_rng(args.seed), np.random.default_rng([args.seed, *turn])
+def trace(args: Any, words: list[str], number: int, which: int) -> tuple[list[load.Request], np.ndarray]:
+    """Requests and arrivals. Order and arrivals hang on the round, `number`; the words on `which` contestant too."""
+    shape, own = np.random.default_rng([args.seed, number]), np.random.default_rng([args.seed, number, which])
 
     def text(tokens: int) -> str:
         return "".join(own.choice(words, tokens))
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> Json:
     parser.add_argument("--engines", type=script.at_least(2), default=2)
     parser.add_argument("--policy", type=script.comma_list(contestant), default=None,
                         help=f"some of {', '.join(POLICIES)}, {PEER}")  # fmt: skip
-    parser.add_argument("--rounds", type=script.at_least(1), default=1, help="turns of each; the medians are told")
+    parser.add_argument("--rounds", type=script.at_least(1), default=3, help="turns of each; the medians are told")
     parser.add_argument("--requests", type=script.at_least(8), default=120)
     parser.add_argument("--rate", type=script.positive, default=8, help="requests/s of a Poisson process")
     parser.add_argument("--prefixes", type=script.at_least(1), default=12)
@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> Json:
         options = engine_options(engine, args.cache_tokens, longest)
         starting = [server(args.serve, options) for _ in range(args.engines)]
         engines = [stack.enter_context(each) for each in starting]
+        requests, times = trace(args, words, args.rounds, 0)
+        turn(engines, names[0], requests[:WARM], times[:WARM])
         for number in range(args.rounds):
             for which in rng.permutation(len(names)).tolist():
                 row = turn(engines, names[which], *trace(args, words, number, which))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import random
 import re
@@ -21,8 +22,9 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from ch06_vllm.client import Client, RequestFailed
+from ch06_vllm.scrape import scrape
 from ch06_vllm.servers import Server, models
-from ch07_sglang_routing import bench_router, router_chaos
+from ch07_sglang_routing import router_chaos, router_load
 from ch07_sglang_routing.router.client import Limits
 from ch07_sglang_routing.router.policies import POLICIES
 from ch07_sglang_routing.router.radix import RadixTree
@@ -104,7 +106,7 @@ class Backend:
         self._server.close()
         for writer in list(self._writers):
             writer.transport.abort()
-        await asyncio.sleep(0)
+        await until(lambda: not self._writers, "all handlers ended")  # else they are cancelled with the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -313,6 +315,10 @@ def test_the_engines_own_client_streams_through_it() -> None:
         (431, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000 + b"\r\n\r\n"),
         (404, b"POST /flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
         (404, b"POST /v1/../flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (404, b"POST /v1/%2e./flush_cache HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (404, b"POST /v1/load_lora_adapter HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
+        (404, b"POST /v1/unload%5flora_adapter HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
+        (404, b"POST /generate_secret HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"),
     ],
 )  # fmt: skip
 def test_what_could_be_read_in_two_ways_reaches_no_worker(status: int, request_bytes: bytes) -> None:
@@ -416,7 +422,7 @@ def test_when_nobody_can_answer_the_error_says_so_in_openais_shape() -> None:
         async def never(call: Call) -> None:
             await call.left.wait()
 
-        limits = Limits(answer_s=0.2, backoff_s=0.001)
+        limits = Limits(first_byte_s=0.2, backoff_s=0.001)
         async with Backend(never) as worker, routed(worker.url, limits=limits) as router:
             said, body = await raw(router, post(ASKED))
             assert (said, json.loads(body)["error"]["type"]) == (504, "timeout_error")
@@ -526,7 +532,7 @@ def test_a_client_that_does_not_read_holds_up_the_worker_and_not_memory() -> Non
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
             writer.transport.pause_reading()
             writer.write(post(ASKED))
-            await until(lambda: any(client._stalled_from is not None for client in router.clients), "a stalled client")
+            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
             (client,) = router.clients
             assert client.transport.get_write_buffer_size() < 2 * 2**20
             await until(lambda: in_flight(router) == (0, 0), "the limit for one that does not read")
@@ -556,7 +562,7 @@ def test_who_does_not_read_leaves_the_connection_to_the_worker_as_it_was() -> No
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**16)
             writer.transport.pause_reading()
             writer.write(post(ASKED) * 100)
-            await until(lambda: any(client._stalled_from is not None for client in router.clients), "a stalled client")
+            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
             await until(lambda: in_flight(router) == (0, 0) or len(worker.calls) > 90, "no request begun for it")
             (client,) = router.clients
             assert client.transport.get_write_buffer_size() < 2**20
@@ -571,7 +577,16 @@ def test_who_does_not_read_leaves_the_connection_to_the_worker_as_it_was() -> No
     run(test())
 
 
-def test_in_flight_is_zero_after_ten_thousand_requests_of_which_most_go_wrong() -> None:
+@pytest.mark.parametrize(
+    ("roles", "number_of_requests"),
+    [(("any",) * 3, 10_000), (("prefill", "prefill", "decode", "decode"), 3000)],
+    ids=["ten_thousand", "pairs"],
+)
+def test_in_flight_is_zero_after_requests_of_which_most_go_wrong(
+    roles: tuple[str, ...], number_of_requests: int
+) -> None:
+    stalled: list[asyncio.StreamWriter] = []
+
     async def chaotic(call: Call) -> None:
         number = int(re.search(rb"\d+", call.body)[0])
         match number % 8:
@@ -610,8 +625,10 @@ def test_in_flight_is_zero_after_ten_thousand_requests_of_which_most_go_wrong() 
                 for _ in range(rng.randrange(20)):
                     await asyncio.sleep(0)
                 return "left"
-            if rng.random() < 0.1:
-                await asyncio.sleep(0.02)  # reads late
+            if rng.random() < 0.01 and len(stalled) < 50:  # reads nothing, and does not leave either
+                writer.transport.pause_reading()
+                stalled.append(writer)
+                return "stalled"
             head = await reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head)
             if length:
@@ -622,10 +639,23 @@ def test_in_flight_is_zero_after_ten_thousand_requests_of_which_most_go_wrong() 
         except (asyncio.IncompleteReadError, ConnectionError):
             return "broken"
         finally:
-            writer.transport.abort() if rng.random() < 0.5 else writer.close()
+            if writer not in stalled:
+                writer.transport.abort() if rng.random() < 0.5 else writer.close()
 
     async def test() -> None:
-        rng, outcomes, numbers = random.Random(0), dict[str, int](), iter(range(10_000))
+        rng, outcomes, numbers = random.Random(0), dict[str, int](), iter(range(number_of_requests))
+        gone: list[Any] = []
+
+        async def churn(router: Any) -> None:
+            """One worker after the other is drained, hardly waited for, and added again."""
+            names = itertools.cycle(list(router.fleet.workers))
+            while sum(outcomes.values()) < number_of_requests - 64:
+                worker = router.fleet.workers[name := next(names)]
+                router.fleet.drain(worker, 0.02)
+                await until(lambda: name not in router.fleet.workers, "the worker gone")
+                gone.append(worker)
+                router.fleet.add(name, worker.role, worker.bootstrap_port)
+                await until(lambda name=name: router.fleet.workers[name].healthy, "the worker back")
 
         async def client(router: Any) -> None:
             for number in numbers:
@@ -634,19 +664,25 @@ def test_in_flight_is_zero_after_ten_thousand_requests_of_which_most_go_wrong() 
 
         limits = Limits(retries=2, backoff_s=0.001, backoff_cap_s=0.002)
         async with contextlib.AsyncExitStack() as stack:
-            workers = [await stack.enter_async_context(Backend(chaotic)) for _ in range(3)]
+            workers = [await stack.enter_async_context(Backend(chaotic)) for _ in roles]
             options = {"limits": limits, "threshold": 20, "base_s": 0.01, "cap_s": 0.02}
-            router = await stack.enter_async_context(routed(*(worker.url for worker in workers), **options))
-            await asyncio.gather(*(client(router) for _ in range(64)))
+            urls = [worker.url for worker in workers]
+            router = await stack.enter_async_context(routed(*urls, roles=roles, **options))
+            await asyncio.gather(churn(router), *(client(router) for _ in range(64)))
+            assert stalled
+            for writer in stalled:
+                writer.transport.abort()
             await until(lambda: in_flight(router) == (0, 0), "nothing in flight")
             await until(lambda: not router.clients, "no client left")
-            assert all(worker.in_flight == worker.pending_tokens == 0 for worker in router.fleet.workers.values())
-            assert sum(outcomes.values()) == 10_000
-            assert {"200", "500", "502", "left", "broken"} <= set(outcomes), outcomes
-            assert outcomes["200"] > 2000
+            assert len(gone) > 5
+            for worker in (*router.fleet.workers.values(), *gone):
+                assert worker.in_flight == worker.pending_tokens == 0
+            assert sum(outcomes.values()) == number_of_requests
+            assert {"200", "502", "left", "broken"} <= set(outcomes), outcomes
+            assert outcomes["200"] > number_of_requests / 10
             broken = router.metrics.broken
-            assert broken["client_left"] > 500
-            assert broken["worker_lost"] > 500
+            assert broken["client_left"] > number_of_requests / 20
+            assert broken["worker_lost"] > number_of_requests / 20
 
     run(test(), timeout_s=120)
 
@@ -755,8 +791,10 @@ def test_metrics_are_prometheus_text_and_ask_nobody() -> None:
             await call.left.wait()
 
         async with Backend() as worker, routed(worker.url) as router:
+            long = json.dumps({"prompt": "0123456789" * 10}).encode()
             for _ in range(3):
-                await raw(router, post(ASKED))
+                await raw(router, post(long))
+            router.metrics.prompt_tokens += 12_345_678
             worker.handler = never
             hanging = asyncio.create_task(raw(router, post(b'{"prompt": "another one, longer"}')))
             await until(lambda: in_flight(router)[0] == 1, "a request that hangs")
@@ -770,7 +808,8 @@ def test_metrics_are_prometheus_text_and_ask_nobody() -> None:
             assert values["router_requests_total"] == 3
             assert values["router_in_flight"] == 1
             assert values["router_pending_tokens"] == 4
-            assert values["router_matched_tokens_total"] == 8  # the same 16 characters twice again
+            assert values["router_matched_tokens_total"] == 2 * 16  # twice again: of 100 characters one whole block
+            assert values["router_prompt_tokens_total"] == 12_345_678 + 3 * 25  # to the last digit; one has no answer
             assert values["router_request_seconds_count"] == 3
             hanging.cancel()
 
@@ -802,8 +841,8 @@ def test_memory_is_flat_over_unique_prompts_through_the_router() -> None:
 
 
 def test_the_program_counts_what_a_load_test_sent() -> None:
-    with bench_router.fake_engines(2) as urls, Routing(urls) as routing:
-        seen = asyncio.run(bench_router.with_python(routing.url, bench_router.prompt_body(100), 8, 0.3))
+    with router_load.fake_engines(2) as urls, Routing(urls) as routing:
+        seen = asyncio.run(router_load.with_python(routing.url, router_load.prompt_body(100), 8, 0.3))
         assert seen["failed"] == 0
         assert seen["requests_per_s"] > 0
         end = time.monotonic() + 20  # it hears of clients that have left a moment later
@@ -824,7 +863,9 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
         ("--worker http://x:99999999", "give it as http://HOST:PORT"),
         ("--worker x:1 --worker http://x:1", "already"),
         ("--prefill x:1", "--prefill and --decode"),
-        ("--policy random", "invalid choice"),
+        ("--policy random", "is no policy"),
+        ("--worker http://x:0", "give it as http://HOST:PORT"),
+        ("--worker x:1 --prefill x:2 --decode x:3", "one or the other"),
         ("--host 203.0.113.7", "cannot be taken"),
     ):
         done = process.run(f"{start} {words}", timeout_s=60)
@@ -835,6 +876,30 @@ def test_the_program_says_what_is_wrong_in_one_line() -> None:
 
 
 # ---------------------------------------------------------------- real engines
+
+
+def test_a_client_that_leaves_ends_the_work_of_a_real_engine(request: pytest.FixtureRequest) -> None:
+    if missing := missing_for("vllm"):
+        pytest.skip(missing)
+    engine = request.getfixturevalue("vllm_server")
+
+    def running() -> float:
+        return scrape(engine.url).values["vllm:num_requests_running"]
+
+    async def test() -> None:
+        body = {"model": engine.model, "prompt": "A story: ", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        async with routed(engine.url) as router, aiohttp.ClientSession() as session:
+            response = await session.post(f"{router.url}/v1/completions", json=body)
+            await response.content.readany()
+            assert await asyncio.to_thread(running) == 1
+            response.close()
+            await until(lambda: in_flight(router) == (0, 0), "nothing in flight")
+            async with asyncio.timeout(30):
+                while await asyncio.to_thread(running):
+                    pass
+            assert router.metrics.broken["client_left"] == 1
+
+    run(test())
 
 
 REAL = [engine for engine in ("vllm", "sglang") if not missing_for(engine)]

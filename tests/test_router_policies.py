@@ -16,7 +16,8 @@ from ch07_sglang_routing.router import policies, prompt
 from ch07_sglang_routing.router.breaker import Breaker
 from ch07_sglang_routing.router.http1 import BadMessage, Chunked
 from ch07_sglang_routing.router.policies import POLICIES, Ask, CacheAware, PrefillDecode, Worker
-from ch07_sglang_routing.router.radix import NODE, RadixTree
+from ch07_sglang_routing.router.radix import DEEPEST, NODE, SENT, RadixTree
+from common.script import UserError
 
 RANKS = st.floats(0, 1, exclude_max=True)
 WORKERS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 300)), min_size=1, max_size=6).map(
@@ -73,12 +74,20 @@ def test_a_session_stays_and_only_those_of_a_lost_worker_move() -> None:
     assert {name for name in names if before[name] != after[name]} == {n for n in names if before[n] == "w2"}
 
 
+def test_a_session_stays_where_it_is_while_there_is_hardly_any_load() -> None:
+    idle = [Worker(f"w{number}", 0, 0) for number in range(8)]
+    for name in map(str, range(100)):
+        at = policies.session(Ask(session=name), idle)
+        busy = [Worker(worker.name, 3 * (index == at), 0) for index, worker in enumerate(idle)]
+        assert policies.session(Ask(session=name), busy) == at
+
+
 @given(WORKERS, RANKS, st.text(max_size=5))
 def test_a_bounded_session_never_goes_where_it_is_full(workers: list[Worker], rank: float, name: str) -> None:
     chosen = policies.session(Ask(session=name, rank=rank), workers, load_factor=1.25)
     total = sum(worker.in_flight for worker in workers)
     if name:
-        assert workers[chosen].in_flight + 1 <= math.ceil(1.25 * (total + 1) / len(workers))
+        assert workers[chosen].in_flight + 1 <= max(4, math.ceil(1.25 * (total + 1) / len(workers)))
     else:
         assert workers[chosen].in_flight == min(worker.in_flight for worker in workers)
     sticky = policies.session(Ask(session="s"), workers, load_factor=math.inf)
@@ -119,6 +128,32 @@ def test_new_prefixes_of_idle_workers_fill_their_caches_evenly(name: str) -> Non
     assert more == {0: 6, 1: 6, 2: 6}
 
 
+@pytest.mark.parametrize("template", ["\x02user\x03", [1, 2, 3, 4]])
+@pytest.mark.parametrize("name", ["prefix", "joint"])
+def test_what_every_chat_begins_with_draws_none_of_them(name: str, template: str | list[int]) -> None:
+    """A template's few tokens are less than a block, so no engine's cache has them."""
+    policy, rng = policies.make(name, tree_size=2**20), random.Random(0)
+    idle = [Worker(f"w{number}", 0, 0) for number in range(3)]
+    chats = [
+        template + (list(rng.choices(range(10, 1000), k=50)) if isinstance(template, list) else f"{rng.random()}" * 10)
+        for _ in range(60)
+    ]
+    counts = Counter(policy.choose(Ask(chat, rank=rng.random()), idle) for chat in chats)
+    assert min(counts[index] for index in range(3)) >= 19, counts
+
+
+def test_policies_are_made_by_name_with_their_sizes() -> None:
+    for name in POLICIES:
+        policy = policies.make(policies.named(name), tree_size=2**12, keeps=100, request_tokens=0.0)
+        assert type(policy) is type(POLICIES[name]())
+        if isinstance(policy, CacheAware):
+            assert (policy.tree.limit, policy.tree.keeps) == (2**12, 100)
+    loads = [Worker("a", 100, 0), Worker("b", 0, 1)]
+    assert policy.choose(Ask("x"), loads) == 0  # joint, which counts no requests in flight here
+    with pytest.raises(UserError, match="take one of round_robin"):
+        policies.named("random")
+
+
 def test_a_shared_prefix_makes_a_hot_spot_of_prefix_and_none_of_joint() -> None:
     """All requests begin alike, none is ever answered: prefix sends them to one worker, joint spreads them."""
     for name, fullest in (("prefix", 200), ("joint", 60)):
@@ -138,7 +173,7 @@ def test_a_cache_aware_policy_keeps_conversations_together_and_forgets_a_worker(
     assert set(first) == {0, 1, 2}
     for text, was in zip(histories, first, strict=True):
         assert policy.choose(Ask(text + " and then", rank=rng.random()), idle) == was
-        assert policy.matched == len(text) / 4
+        assert policy.matched == 96  # of 100 tokens, six whole blocks
     policy.forget("a")
     policy.choose(Ask(histories[first.index(0)], rank=0.0), idle)
     assert policy.matched == 0
@@ -149,7 +184,7 @@ def test_a_pair_of_prefill_and_decode() -> None:
     prefills, decodes = [Worker("p0", 9, 0), Worker("p1", 0, 50)], [Worker("d0", 3, 0), Worker("d1", 2, 0)]
     assert pairs.choose(Ask([1] * 100), prefills, decodes) == (0, 1)  # in flight does not count for prefill
     assert pairs.choose(Ask([1] * 120), [Worker("p0", 0, 19), Worker("p1", 0, 0)], decodes) == (0, 1)
-    assert pairs.matched == 100
+    assert pairs.matched == 96
 
 
 # ---------------------------------------------------------------- the tree
@@ -182,7 +217,7 @@ def test_a_small_tree_stays_small_and_never_claims_too_much(sent: list[tuple[str
         tree.insert(tokens, worker)
         assert tree.size <= limit
         nodes = list(tree._recent)
-        assert tree.size == sum(len(node.label) + NODE for node in nodes)
+        assert tree.size == sum(len(node.label) + NODE + SENT * len(node.sent) for node in nodes)
         for name, length in tree.match(tokens).items():
             longest = max(common(tokens, known) for other, known in sent[: at + 1] if other == name)
             assert length <= longest
@@ -191,8 +226,27 @@ def test_a_small_tree_stays_small_and_never_claims_too_much(sent: list[tuple[str
             assert set(node.sent) <= set(node.parent.sent) or node.parent.parent is None
 
 
+def test_a_chain_of_prompts_costs_no_step_for_each_character() -> None:
+    tree = RadixTree(2**20)
+    for length in range(1, 2000):
+        tree.insert("a" * length, "w")
+    assert tree.match("a" * 2000) == {"w": DEEPEST}
+    assert len(tree) == DEEPEST
+
+
+def test_workers_of_a_node_are_charged() -> None:
+    tree = RadixTree(2**16)
+    for number in range(100):
+        tree.insert("shared", f"w{number}")
+    assert tree.size == len("shared") + NODE + 100 * SENT
+    for number in range(99):
+        tree.remove(f"w{number}")
+    tree.insert("shared", "w99")
+    assert tree.size == len("shared") + NODE + SENT
+
+
 def test_the_least_recently_sent_goes_first() -> None:
-    tree = RadixTree(4 * (10 + NODE))
+    tree = RadixTree(4 * (10 + NODE + SENT))
     for letter in "abcd":
         tree.insert(letter * 10, "w")
     tree.insert("a" * 10, "w")
@@ -252,33 +306,35 @@ def test_memory_is_flat_over_a_million_unique_prompts() -> None:
 def test_the_breakers_states_under_a_clock() -> None:
     clock = [0.0]
     breaker = Breaker(lambda: clock[0], threshold=3, base_s=8, cap_s=20, rng=random.Random(0))
+    old = breaker.begin()
     for _ in range(2):
-        breaker.failed()
-    breaker.succeeded()  # not in a row
+        breaker.failed(breaker.begin())
+    breaker.succeeded(breaker.begin())  # not in a row
     for _ in range(2):
-        breaker.failed()
+        breaker.failed(breaker.begin())
     assert breaker.state == "closed"
-    breaker.failed()
+    breaker.failed(breaker.begin())
     opened = []
     for longest_s in (8, 16, 20, 20):
         assert (breaker.state, breaker.allows()) == ("open", False)
         opened.append(breaker._until - clock[0])
         assert longest_s / 2 <= opened[-1] <= longest_s
-        breaker.failed()  # one that was sent before does not make it longer
+        breaker.failed(old)  # one that was sent before does not make it longer
         clock[0] += opened[-1]
         assert (breaker.state, breaker.allows()) == ("half-open", True)
-        breaker.begin()
+        trial = breaker.begin()
+        breaker.failed(old)  # nor are verdicts of before the trial's
+        breaker.succeeded(old)
+        breaker.given_up(old)
         assert (breaker.state, breaker.allows()) == ("open", False)  # one at a time
-        breaker.given_up()  # its client left: no verdict
+        breaker.given_up(trial)  # its client left: no verdict
         assert breaker.allows()
-        breaker.begin()
-        breaker.failed()
+        breaker.failed(breaker.begin())
     clock[0] += 20
-    breaker.begin()
-    breaker.succeeded()
+    breaker.succeeded(breaker.begin())
     assert (breaker.state, breaker.allows(), breaker.failures) == ("closed", True, 0)
     for _ in range(3):
-        breaker.failed()
+        breaker.failed(breaker.begin())
     assert breaker._until - clock[0] <= 8  # it begins again
 
 

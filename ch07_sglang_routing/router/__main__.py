@@ -23,7 +23,7 @@ import uvloop
 
 from ch06_vllm.servers import bind
 from ch07_sglang_routing.router.client import Limits
-from ch07_sglang_routing.router.policies import POLICIES, CacheAware, least_work, longest_prefix
+from ch07_sglang_routing.router.policies import POLICIES, PrefillDecode, make, named
 from ch07_sglang_routing.router.radix import RadixTree
 from ch07_sglang_routing.router.router import Router
 from ch07_sglang_routing.router.workers import address
@@ -48,13 +48,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill", action="append", default=[], type=prefill, metavar="URL[,PORT]",
                         help="an engine that only prefills, and the port of its bootstrap server")  # fmt: skip
     parser.add_argument("--decode", action="append", default=[], metavar="URL", help="an engine that only decodes")
-    parser.add_argument("--policy", choices=tuple(POLICIES), default="joint")
+    parser.add_argument("--policy", type=named, default="joint",
+                        help=f"of --worker, one of {', '.join(POLICIES)}; others have their own")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=script.at_least(1), default=30000)
     parser.add_argument("--tree-size", type=script.at_least(1024), default=2**22, metavar="CHARACTERS",
-                        help="of prompts that are remembered (prefix, joint)")  # fmt: skip
+                        help="of prompts that are remembered (prefix, joint, prefill)")  # fmt: skip
     parser.add_argument("--worker-cache", type=script.at_least(1), metavar="CHARACTERS",
-                        help="what a worker's KV cache holds; older prompts do not count")  # fmt: skip
+                        help="of prompts (tokens, where they come as token ids) that a worker's KV cache holds; "
+                             "older ones do not count. Answers take room there too: give less than it has")  # fmt: skip
     parser.add_argument("--request-tokens", type=script.positive, default=64,
                         help="joint: what a running request weighs, in prompt tokens")  # fmt: skip
     parser.add_argument("--health-path", default="/health")
@@ -62,7 +64,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retries", type=script.at_least(0), default=Limits.retries)
     parser.add_argument("--request-timeout-s", type=script.positive, default=Limits.request_s, help="to send one in")
     parser.add_argument("--connect-timeout-s", type=script.positive, default=Limits.connect_s)
-    parser.add_argument("--answer-timeout-s", type=script.positive, default=Limits.answer_s, help="to its last byte")
+    parser.add_argument(
+        "--answer-timeout-s", type=script.positive, default=Limits.first_byte_s, help="to its first byte"
+    )
+    parser.add_argument("--idle-timeout-s", type=script.positive, default=Limits.idle_s, help="between its bytes")
     parser.add_argument("--stall-timeout-s", type=script.positive, default=Limits.stall_s, help="of a slow reader")
     parser.add_argument("--max-body-mib", type=script.positive, default=16)
     parser.add_argument("--max-connections", type=script.at_least(1), default=Limits.connections)
@@ -71,25 +76,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def new_router(args: argparse.Namespace) -> Router:
-    policy = POLICIES[args.policy]()
-    if isinstance(policy, CacheAware):
-        tree = RadixTree(args.tree_size, args.worker_cache)
-        if args.policy == "joint":
-            policy = CacheAware(lambda *known: least_work(*known, request_tokens=args.request_tokens), tree)
-        else:
-            policy = CacheAware(longest_prefix, tree)
     limits = Limits(
         connections=args.max_connections,
         body_bytes=int(args.max_body_mib * 2**20),
         request_s=args.request_timeout_s,
         connect_s=args.connect_timeout_s,
-        answer_s=args.answer_timeout_s,
+        first_byte_s=args.answer_timeout_s,
+        idle_s=args.idle_timeout_s,
         stall_s=args.stall_timeout_s,
         retries=args.retries,
     )
     router = Router(
-        policy,
+        make(args.policy, tree_size=args.tree_size, keeps=args.worker_cache, request_tokens=args.request_tokens),
         reads=args.policy in READS,
+        pairs=PrefillDecode(RadixTree(args.tree_size, args.worker_cache)),
         limits=limits,
         admin_key=os.environ.get("ROUTER_ADMIN_KEY", ""),
         health_path=args.health_path,
@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> Json:
     logging.getLogger("router").setLevel(logging.INFO)
     if bool(args.prefill) != bool(args.decode):
         raise UserError("prefill and decode workers need each other; give --prefill and --decode")
+    if args.worker and args.prefill:
+        raise UserError("beside --prefill and --decode a --worker would get next to nothing; give one or the other")
     names = [address(url)[2] for url in [*args.worker, *(url for url, _ in args.prefill), *args.decode]]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"the worker {twice} is there already; name each once")

@@ -32,6 +32,7 @@ class Breaker:
         self._opened = 0  # times in a row
         self._until: float | None = None  # open until then
         self._trying = False
+        self._epoch = 0  # grows when it opens and when a trial begins: verdicts on what began before no longer count
 
     @property
     def state(self) -> str:
@@ -43,22 +44,30 @@ class Breaker:
         """Whether a request may go there now. In a half-open state it is one, which begins with `begin`."""
         return self._until is None or (not self._trying and self._now() >= self._until)
 
-    def begin(self) -> None:
-        """A request is sent."""
+    def begin(self) -> int:
+        """A request is sent; what its verdict must hand back."""
         if self._until is not None:
             self._trying = True
+            self._epoch += 1
+        return self._epoch
 
-    def succeeded(self) -> None:
+    def succeeded(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            return
         self.failures = self._opened = 0
         self._until, self._trying = None, False
 
-    def failed(self) -> None:
+    def failed(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            return
         self.failures += 1
         if self._trying or (self._until is None and self.failures >= self.threshold):
             self._opened += 1
             wait_s = min(self.cap_s, self.base_s * 2 ** min(self._opened - 1, 30))
             self._until, self._trying = self._now() + self._rng.uniform(wait_s / 2, wait_s), False
+            self._epoch += 1
 
-    def given_up(self) -> None:
+    def given_up(self, epoch: int) -> None:
         """A request ended with no verdict on the worker: its client left. The next may try."""
-        self._trying = False
+        if epoch == self._epoch:
+            self._trying = False

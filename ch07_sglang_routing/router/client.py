@@ -25,7 +25,8 @@ class Limits:
     keep_alive_s: float = 75  # between requests
     request_s: float = 30  # to send one in
     connect_s: float = 3
-    answer_s: float = 600  # from the request to the last byte
+    first_byte_s: float = 600  # of an attempt: a whole answer that is not streamed takes as long
+    idle_s: float = 120  # between two pieces of an answer
     stall_s: float = 60  # a client that reads nothing
     retries: int = 3
     backoff_s: float = 0.05  # before retry n: uniform(0, min(cap, backoff x 2^(n-1))) seconds, "full jitter"
@@ -42,7 +43,8 @@ class Client(asyncio.Protocol):
         self._body = bytearray()
         self._chunked: Chunked | None = None
         self._leaving = False  # an error was sent; what still comes is thrown away
-        self._stalled_from: float | None = None
+        self._stalled = False  # it does not read: nothing more is written, nor is another request begun
+        self._held = False  # what it sends is not read either
 
     # ------------------------------------------------------------ reading
 
@@ -52,23 +54,30 @@ class Client(asyncio.Protocol):
         if len(self.router.clients) > self.router.limits.connections:
             self._refuse(503, "too many connections; come back later")
         else:
-            self._wait(self.router.limits.keep_alive_s)
+            self.wait(self.router.limits.keep_alive_s)
 
-    def _wait(self, seconds: float) -> None:
-        self.deadline = self.router.loop.time() + seconds
+    def wait(self, seconds: float) -> None:
+        """Something must happen within so long."""
+        if not self._stalled:
+            self.deadline = self.router.loop.time() + seconds
 
     def data_received(self, data: bytes) -> None:
         if self._leaving or self.transport.is_closing():
             return
-        if self.exchange is not None or self._stalled_from is not None:  # the next request already, which is rare
+        if self.exchange is not None or self._stalled:  # the next request already, which is rare
             self._buffer += data
-            if len(self._buffer) > 2 * http1.MAX_HEAD:
-                self.transport.abort()
+            if len(self._buffer) > 2 * http1.MAX_HEAD and not self._held:
+                self._held = True
+                self.transport.pause_reading()
             return
         if self._head is None:
-            if not self._buffer or not data:  # a request begins
-                self._wait(self.router.limits.request_s)
+            begins = not self._buffer or not data
             self._buffer += data
+            if begins:
+                self._buffer = self._buffer.lstrip(b"\r\n")  # some send blank lines between requests
+                if not self._buffer:
+                    return
+                self.wait(self.router.limits.request_s)
         try:
             if self._head is None:
                 self._read_head()
@@ -81,7 +90,7 @@ class Client(asyncio.Protocol):
             self._refuse(error.status, str(error))
 
     def _read_head(self) -> None:
-        buffer = self._buffer.lstrip(b"\r\n") if self._buffer[:1] == b"\r" else self._buffer
+        buffer = self._buffer
         end = buffer.find(b"\r\n\r\n")
         if end > http1.MAX_HEAD or (end < 0 and len(buffer) > http1.MAX_HEAD):
             raise BadMessage(431, f"the head is longer than {http1.MAX_HEAD} bytes")
@@ -128,19 +137,24 @@ class Client(asyncio.Protocol):
     def _dispatch(self, head: Head, body: bytes) -> None:
         self._head = None
         if not self.router.own(self, head, body):
-            self._wait(self.router.limits.answer_s)
             self.exchange = Exchange(self.router, self, head, body)
             self.exchange.attempt()
 
     # ------------------------------------------------------------ answering
 
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is under way, or written and not sent yet."""
+        return self.exchange is not None or self.transport.get_write_buffer_size() > 0
+
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
-    def answer(self, status: int, body: bytes, *, close: bool = False, kind: bytes = b"application/json") -> None:
-        """A whole answer of the router's own."""
+    def answer(self, to: Head, status: int, body: bytes, **fields: bytes) -> None:
+        """A whole answer of the router's own. fields: kind and more, as of http1.answer_bytes."""
         self.router.metrics.answers["", status] += 1
-        self.write(http1.answer_bytes(status, body, close=close, kind=kind))
+        close = to.close or self.router.stopping
+        self.write(http1.answer_bytes(status, body, method=to.method, close=close, **fields))
         self.finished(close)
 
     def finished(self, close: bool) -> None:
@@ -149,18 +163,23 @@ class Client(asyncio.Protocol):
         if close or self.router.stopping:
             self.close()
             return
-        if self._stalled_from is not None:
-            self._stalled_from = self.router.loop.time() + self.router.limits.keep_alive_s
-            return  # the next when this one has been read
-        self._wait(self.router.limits.keep_alive_s)
+        self.wait(self.router.limits.keep_alive_s)
+        if not self._stalled:  # else the next when this one has been read
+            self._next()
+
+    def _next(self) -> None:
+        if self._held:
+            self._held = False
+            self.transport.resume_reading()
         if self._buffer:
             self.router.loop.call_soon(self.data_received, b"")
 
     def close(self) -> None:
         """After what was written has been sent, or at the limit."""
-        self.exchange = None
-        self._leaving = True
-        self._wait(min(5.0, self.router.limits.stall_s))
+        if self.exchange is not None:
+            self.exchange.stop()
+        self.exchange, self._leaving, self._stalled = None, True, False
+        self.wait(self.router.limits.stall_s)
         self.transport.close()
 
     def _refuse(self, status: int, why: str) -> None:
@@ -168,12 +187,12 @@ class Client(asyncio.Protocol):
         self.router.metrics.answers["", status] += 1
         self.write(http1.answer_bytes(status, http1.error_body(status, why), close=True))
         self._leaving = True
-        self._wait(1.0)
+        self.wait(1.0)
 
     # ------------------------------------------------------------ what happens to a connection
 
     def expired(self) -> None:
-        if self._leaving or self._stalled_from is not None:
+        if self._leaving or self._stalled:
             self.transport.abort()
         elif self.exchange is not None:
             self.exchange.expired()
@@ -183,18 +202,19 @@ class Client(asyncio.Protocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        self._stalled_from = self.deadline
-        self._wait(self.router.limits.stall_s)
+        self.wait(self.router.limits.stall_s)
+        self._stalled = not self._leaving
         if self.exchange:
             self.exchange.pause(True)
 
     def resume_writing(self) -> None:
-        if self._stalled_from is not None:
-            self.deadline, self._stalled_from = self._stalled_from, None
+        self._stalled = False
         if self.exchange:
+            self.wait(self.router.limits.idle_s)
             self.exchange.pause(False)
-        elif self._buffer:
-            self.router.loop.call_soon(self.data_received, b"")
+        elif not self._leaving:
+            self.wait(self.router.limits.keep_alive_s)
+            self._next()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.router.clients.discard(self)

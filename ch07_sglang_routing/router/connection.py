@@ -23,8 +23,11 @@ class Reader(Protocol):
     def ended(self) -> None:
         """The answer is whole. The connection is no longer the reader's."""
 
-    def broken(self, why: str) -> None:
-        """The connection was lost, or what came is no answer."""
+    def broken(self, why: str, stale: bool = False) -> None:
+        """The connection was lost, or what came is no answer.
+
+        stale: it was kept from an earlier request and not one byte came, so the worker may have closed it as we sent.
+        """
 
 
 class Connection(asyncio.Protocol):
@@ -33,6 +36,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.used = False  # before this request
+        self._heard = False  # anything of its answer
         self.idle_since = 0.0
         self._reader: Reader | None = None
         self._buffer = b""
@@ -46,7 +50,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, reader: Reader, method: bytes, data: bytes) -> None:
         self._reader, self._method = reader, method
-        self.head, self._buffer = None, b""
+        self.head, self._buffer, self._heard = None, b"", False
         self.transport.write(data)
 
     def drop(self) -> None:
@@ -54,11 +58,19 @@ class Connection(asyncio.Protocol):
         self._reader = None
         self.transport.abort()
 
+    def give_up(self, why: str) -> None:
+        """Wait no longer for a head. An answer that has begun goes on."""
+        reader = self._reader
+        if reader is not None and self.head is None:
+            self.drop()
+            reader.broken(why)
+
     def data_received(self, data: bytes) -> None:
         reader = self._reader
         if reader is None:
             self.transport.abort()  # it speaks unasked, as some do before they close
             return
+        self._heard = True
         try:
             if self.head is None:
                 data = self._buffer + data if self._buffer else data
@@ -121,4 +133,4 @@ class Connection(asyncio.Protocol):
             self._finish()  # closing it was the end of the body
             return
         self._reader = None
-        reader.broken("the connection to the worker was lost")
+        reader.broken("the connection to the worker was lost", self.used and not self._heard)

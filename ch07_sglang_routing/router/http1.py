@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 MAX_HEAD = 32 * 1024  # bytes of a request line and its header fields
 REASONS = {
@@ -36,16 +34,17 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*
 class BadMessage(Exception):
     """What came is not HTTP as we take it. `status` is the answer to a client; the text says why."""
 
-    def __init__(self, status: int, why: str) -> None:
+    def __init__(self, status: int, why: str, more: bytes = b"") -> None:
         super().__init__(why)
-        self.status = status
+        self.status, self.more = status, more  # more: fields of the answer
 
 
 class Head:
     """The head of a request or an answer.
 
-    fields: lower-case names -> values; of those that came twice the last. own: the raw fields that go on to the next
-    connection. length: bytes of the body; None: until the connection is closed. chunked: framed by chunks instead.
+    fields: lower-case names -> values; of those that came twice the last, of Connection all. own: the raw
+    fields that go on to the next connection. length: bytes of the body; None: until the connection is closed. chunked:
+    framed by chunks instead.
     """
 
     __slots__ = ("chunked", "close", "fields", "length", "method", "own", "status", "target")
@@ -64,7 +63,10 @@ class Head:
             name = name.lower()
             if name in self.fields and name in (b"content-length", b"transfer-encoding", b"host"):
                 raise BadMessage(400, f"two {name.decode()} fields")
-            self.fields[name] = value.strip(b" \t")
+            value = value.strip(b" \t")
+            if name == b"connection" and name in self.fields:
+                value = self.fields[name] + b"," + value
+            self.fields[name] = value
             if name not in _HOP_BY_HOP:
                 own.append(line)
         if (encoding := self.fields.get(b"transfer-encoding")) is not None:
@@ -78,9 +80,11 @@ class Head:
                 raise BadMessage(400, "a Content-Length that is no length")
             self.length = int(length)
         connection = self.fields.get(b"connection", b"").lower()
-        self.close = minor == b"0" or b"close" in connection
+        self.close = minor == b"0" or connection == b"close"
         if connection not in (b"", b"close", b"keep-alive"):  # it may name more fields that stop here
-            named = tuple(name.strip() + b":" for name in connection.split(b","))
+            options = [option.strip() for option in connection.split(b",")]
+            self.close |= b"close" in options
+            named = tuple(option + b":" for option in options)
             own = [line for line in own if not line.lower().startswith(named)]
         self.own = b"\r\n".join(own)
 
@@ -141,8 +145,9 @@ class Chunked:
     def between(self) -> bool:
         return self._expects == "size" and not self._line
 
-    def feed(self, data: bytes, at: int = 0) -> int:
+    def feed(self, data: bytes) -> int:
         """Where the body ends in `data`, or its length. Raises BadMessage."""
+        at = 0
         while at < len(data) and not self.done:
             if self._left:
                 step = min(self._left, len(data) - at)
@@ -178,12 +183,13 @@ class Chunked:
 
 
 def answer_bytes(
-    status: int, body: bytes, *, close: bool = False, kind: bytes = b"application/json", more: bytes = b""
-) -> bytes:
-    """An answer of our own."""
+    status: int, body: bytes, *, method: bytes = b"", close: bool = False, kind: bytes = b"application/json",
+    more: bytes = b"",
+) -> bytes:  # fmt: skip
+    """An answer of our own, to a request of this method; more: fields of it, each with its line's end."""
     connection = b"connection: close\r\n" if close else b""
     return b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n%s%s\r\n%s" % (
-        status, REASONS[status].encode(), kind, len(body), connection, more, body,
+        status, REASONS[status].encode(), kind, len(body), connection, more, b"" if method == b"HEAD" else body,
     )  # fmt: skip
 
 
@@ -191,7 +197,3 @@ def error_body(status: int, message: str) -> bytes:
     """An error in OpenAI's shape, so that their clients show its text."""
     error = {"message": message, "type": KINDS.get(status, "invalid_request_error"), "param": None, "code": status}
     return json.dumps({"error": error}).encode()
-
-
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value).encode()

@@ -56,7 +56,7 @@ class Metrics:
             ),
         ):
             yield from _family(name, "counter", what)
-            yield f"router_{name} {now:g}"
+            yield f"router_{name} {now!r}"
         yield from _family("connections", "gauge", "Open connections of clients.")
         yield f"router_connections {clients}"
         for name, what, of in (
@@ -77,7 +77,7 @@ class Metrics:
             counts = histogram.cumulative()
             for bound, count in counts:
                 yield f'router_{name}_bucket{{le="{bound}"}} {count}'
-            yield f"router_{name}_sum {histogram.sum:g}"
+            yield f"router_{name}_sum {histogram.sum!r}"
             yield f"router_{name}_count {counts[-1][1]}"
 
 

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ch07_sglang_routing.router.radix import RadixTree, Tokens
+from common.script import UserError
 
 CHARACTERS_PER_TOKEN = 4  # of a prompt that comes as text; English and code have 3 to 4.5
+BLOCK = 16  # tokens: what engines cache whole or not at all
+SESSION_LEAST = 4  # requests in flight that a session never makes way for
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +87,18 @@ def power_of_two(ask: Ask, workers: Sequence[Worker]) -> int:
 # A session stays with one worker: rendezvous hashing (Thaler and Ravishankar 1998), argmax hash(session, worker). When
 # a worker comes or goes, only its own 1/N of the sessions move. With bounded loads (Mirrokni et al. 2018): the best by
 # hash that has fewer than  ceil(load_factor x (all in flight + 1) / N)  requests in flight.
-# Units  load_factor: times the average load. Infinite: strictly sticky. 1: as even as can be.
-# Fails  where a prefix is shared across sessions (a system prompt is computed on every worker); a session's cache is
+# Units  load_factor: times the average load. Infinite: strictly sticky. 1: as even as can be. The bound is never below
+#        SESSION_LEAST: with hardly any load it would be 1, and a session's second request would leave its cache.
+# Fails  where a prefix is shared across sessions (a system prompt is computed on every worker); where load is low, up
+#        to SESSION_LEAST requests share a worker beside idle ones; a session's cache is
 #        left behind each time the bound moves it. A request without a session goes to the fewest in flight.
 def session(ask: Ask, workers: Sequence[Worker], load_factor: float = 1.25) -> int:
     if not ask.session:
         return least_in_flight(ask, workers)
     most = math.inf
     if math.isfinite(load_factor):
-        most = math.ceil(load_factor * (sum(worker.in_flight for worker in workers) + 1) / len(workers))
+        average = (sum(worker.in_flight for worker in workers) + 1) / len(workers)
+        most = max(SESSION_LEAST, math.ceil(load_factor * average))
     own = _hash(ask.session)
     free = [index for index, worker in enumerate(workers) if worker.in_flight < most]  # never empty: not all can be
     return max(free, key=lambda index: _mixed(own ^ _hash(workers[index].name)))  # above the average
@@ -112,7 +118,8 @@ def _mixed(value: int) -> int:
 
 
 # The longest prefix in a worker's cache:  argmax cached, then argmin in_flight, then argmin written.
-# Units  cached[i]: items of this prompt that worker i is thought to have. written[i]: items that its cache had to take
+# Units  cached[i]: items of this prompt that worker i is thought to have, in whole blocks: what all chats begin with, a
+#        template's few tokens, is no reason to go anywhere. written[i]: items that its cache had to take
 #        in so far. Between equal workers the one that took in least: chance would give one of two caches more prefixes
 #        than it holds, while the other has room.
 # Fails  by hot spots: all that share a system prompt go to the one worker that saw it first, however long its queue;
@@ -134,7 +141,8 @@ def longest_prefix(ask: Ask, workers: Sequence[Worker], cached: Sequence[int], w
 # computes it too, and from then on both have it.
 # Fails  where request_tokens is far off: at 0 prefix affinity wins over any number of decoding requests, at infinity it
 #        is least_in_flight. Blind to the length of the answer, which nobody knows. With several routers each knows only
-#        what it sent itself.
+#        what it sent itself. An answer that is not streamed shows no first token: its prompt counts as pending to the
+#        end. A request that failed there leaves its prompt in the tree: the next of that prefix may find no cache.
 def least_work(
     ask: Ask, workers: Sequence[Worker], cached: Sequence[int], written: Sequence[int], request_tokens: float = 64.0
 ) -> int:
@@ -199,9 +207,11 @@ class RoundRobin:
 
 
 def _known(tree: RadixTree, tokens: Tokens, workers: Sequence[Worker]) -> tuple[list[int], list[int]]:
-    """`cached` and `written` of each worker."""
+    """`cached`, in whole blocks, and `written` of each worker."""
     found = tree.match(tokens)
-    return [found.get(worker.name, 0) for worker in workers], [tree.written(worker.name) for worker in workers]
+    block = BLOCK * CHARACTERS_PER_TOKEN if isinstance(tokens, str) else BLOCK
+    cached = [found.get(worker.name, 0) // block * block for worker in workers]
+    return cached, [tree.written(worker.name) for worker in workers]
 
 
 class CacheAware:
@@ -245,7 +255,7 @@ class PrefillDecode:
         self.tree.remove(worker)
 
 
-# By name, as --policy takes it. A CacheAware takes a tree of its own sizes: CacheAware(least_work, RadixTree(2**20)).
+# By name, as --policy takes it.
 POLICIES: dict[str, Callable[[], Policy]] = {
     "round_robin": RoundRobin,
     "least_in_flight": lambda: Stateless(least_in_flight),
@@ -254,3 +264,20 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "prefix": lambda: CacheAware(longest_prefix),
     "joint": lambda: CacheAware(least_work),
 }
+
+
+def make(name: str, *, tree_size: int = 2**22, keeps: int | None = None, request_tokens: float = 64.0) -> Policy:
+    """A policy of POLICIES. tree_size and keeps: as of RadixTree. request_tokens: as of least_work."""
+    if name == "prefix":
+        return CacheAware(longest_prefix, RadixTree(tree_size, keeps))
+    if name == "joint":
+        function = functools.partial(least_work, request_tokens=request_tokens)
+        return CacheAware(function, RadixTree(tree_size, keeps))
+    return POLICIES[name]()
+
+
+def named(text: str) -> str:
+    """argparse type: a name of POLICIES."""
+    if text not in POLICIES:
+        raise UserError(f"{text!r} is no policy; take one of {', '.join(POLICIES)}")
+    return text

@@ -7,7 +7,6 @@ Attempt   one try of an exchange at one worker: holds the lease on its load
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ class Attempt:
         self._chunked: Chunked | None = None
         self._connection: Connection | None = None
         self._lease = Lease(worker, tokens)
-        worker.breaker.begin()
+        self._epoch = worker.breaker.begin()
         self._send(worker.take())
 
     def _send(self, connection: Connection | None) -> None:
@@ -49,8 +48,9 @@ class Attempt:
         except (OSError, TimeoutError, ValueError):  # the last of a host that cannot be a name
             self._failed("the worker cannot be reached")
             return
-        if self.over:  # the client has left meanwhile; the next may use it
+        if self.over or self.worker.removed:  # the client has left meanwhile: the next may use it
             self.worker.put_back(connection)
+            self._failed("the worker was removed")
         else:
             self._send(connection)
 
@@ -71,12 +71,13 @@ class Attempt:
         self._end(self.head.status < 500)
         self.exchange.ended(self)
 
-    def broken(self, why: str) -> None:
+    def broken(self, why: str, stale: bool = False) -> None:
         if self.over or self._connection is None:
             return
-        used, self._connection = self._connection.used, None
-        if used and self.head is None:
-            self._send(self.worker.take())  # it was closed just as we sent: as good as not sent
+        self._connection = None
+        if stale and not self.worker.removed:  # once more, on a new connection: that one cannot be stale
+            self.exchange.router.metrics.retries["stale"] += 1
+            self.exchange.router.start(self._connect())
         else:
             self._failed(why)
 
@@ -106,11 +107,11 @@ class Attempt:
         self._lease.release()
         breaker = self.worker.breaker
         if good is None:
-            breaker.given_up()
+            breaker.given_up(self._epoch)
         elif good:
-            breaker.succeeded()
+            breaker.succeeded(self._epoch)
         else:
-            breaker.failed()
+            breaker.failed(self._epoch)
 
 
 class Exchange:
@@ -121,6 +122,7 @@ class Exchange:
         self.prefill: Attempt | None = None  # beside it where prefill has workers of its own
         self.ask: Ask | None = None  # what the policy knows of it, once read
         self.fields: prompt.Json = {}
+        self.counts = (0.0, 0.0)  # tokens of the prompt, and those that the chosen worker was thought to have
         self.passing: Head | None = None  # the head that the client got
         self._failures = 0
         self._tried: set[Worker] = set()
@@ -129,6 +131,7 @@ class Exchange:
     def attempt(self) -> None:
         """Choose a worker and send the request there."""
         self._timer = None
+        self.client.wait(self.router.limits.first_byte_s)
         begun = time.perf_counter()
         try:
             sent = self.router.route(self, self._tried)
@@ -136,7 +139,7 @@ class Exchange:
             self._fail(error.status, str(error))
             return
         if not sent:
-            self._again("no worker is up", "no_worker", 503)
+            self._again(None, "no worker is up", "no_worker", 503)
             return
         self.router.metrics.choose_s.observe(time.perf_counter() - begun)
         *before, (worker, tokens, data) = sent
@@ -145,21 +148,34 @@ class Exchange:
         self.main = Attempt(self, worker, tokens, data)
 
     def answered(self, attempt: Attempt, head: Head, body: bytes) -> None:
-        if attempt is not self.main:
-            if head.status >= 400:  # the prefill worker will not do it
+        if attempt is self.prefill:
+            if head.status < 400:
+                return  # its own answer nobody reads
+            if head.status >= 500 or head.status in ELSEWHERE or self.passing:
                 attempt.cancel(head.status < 500)
                 self.failed(attempt, f"the prefill worker {attempt.worker.name} answers {head.status}")
-            return
+                return
+            assert self.main
+            self.main.cancel()  # the request itself is wrong: the client gets to know what the prefill worker says
+            self.main, self.prefill = attempt, None
+        elif attempt is not self.main:
+            return  # a prefill worker's, after the end
         if head.status in ELSEWHERE and self._failures < self.router.limits.retries:
             attempt.cancel(head.status == 429)
-            self._again(f"the worker answers {head.status}", str(head.status), head.status)
+            self._again(attempt, f"the worker answers {head.status}", str(head.status), head.status)
             return
         self.passing = head
-        self.router.metrics.first_byte_s.observe(self.router.loop.time() - self.begun)
-        self.client.write(_answer_start(head, attempt.worker.name, self.head.method) + body)
+        metrics = self.router.metrics
+        metrics.first_byte_s.observe(self.router.loop.time() - self.begun)
+        metrics.prompt_tokens += self.counts[0]
+        metrics.matched_tokens += self.counts[1]
+        self.client.wait(self.router.limits.idle_s)
+        close = self.head.close or self.router.stopping
+        self.client.write(_answer_start(head, attempt.worker.name, self.head.method, close) + body)
 
     def more(self, attempt: Attempt, data: bytes) -> None:
         if attempt is self.main:
+            self.client.wait(self.router.limits.idle_s)
             self.client.write(data)
 
     def ended(self, attempt: Attempt) -> None:
@@ -177,57 +193,57 @@ class Exchange:
 
     def failed(self, attempt: Attempt, why: str) -> None:
         """An attempt came to nothing."""
-        at_chunk = attempt.at_chunk()
-        self._tried.add(attempt.worker)
+        if self.main is None or attempt not in (self.main, self.prefill):
+            return  # a prefill worker's, after the end
         if self.passing is None:
-            self._again(why, "worker_lost", 502)
+            self._again(attempt, why, "worker_lost", 502)
         else:
-            self._break(why, "worker_lost", at_chunk)
+            self._break(why, "worker_lost", self.main.at_chunk())
 
     def expired(self) -> None:
-        """The answer's time is up."""
+        """The answer does not begin, or does not go on."""
         at_chunk = self.main is not None and self.main.at_chunk()
         for attempt in (self.main, self.prefill):
             if attempt:
                 attempt.cancel(False)
-        why = f"no answer within {self.router.limits.answer_s:g} s"
+        limits = self.router.limits
         if self.passing is None:
             self.router.metrics.broken["timeout"] += 1
-            self._fail(504, why)
+            self._fail(504, f"no answer within {limits.first_byte_s:g} s")
         else:
-            self._break(why, "timeout", at_chunk)
+            self._break(f"nothing more for {limits.idle_s:g} s", "timeout", at_chunk)
 
     def cancel(self) -> None:
         """The client has left."""
-        self._stop()
+        self.stop()
         self.router.metrics.broken["client_left"] += 1
 
     def pause(self, paused: bool) -> None:
         if self.main:
             self.main.pause(paused)
 
-    def _again(self, why: str, reason: str, status: int) -> None:
+    def _again(self, failed: Attempt | None, why: str, reason: str, status: int) -> None:
         """Once more after a while, elsewhere if possible: nothing has been sent to the client yet."""
-        self._stop()
+        self.stop()
         limits = self.router.limits
         if self._failures >= limits.retries:
             self._fail(status, f"{why} (after {self._failures + 1} attempts)")
             return
-        if self.main:
-            self._tried.add(self.main.worker)
+        if failed:
+            self._tried.add(failed.worker)
         self.main = self.prefill = None
         self._failures += 1
         self.router.metrics.retries[reason] += 1
         longest_s = min(limits.backoff_cap_s, limits.backoff_s * 2 ** (self._failures - 1))
-        self._timer = self.router.loop.call_later(random.uniform(0, longest_s), self.attempt)
+        self._timer = self.router.loop.call_later(self.router.rng.uniform(0, longest_s), self.attempt)
 
     def _fail(self, status: int, why: str) -> None:
-        self._stop()
-        self.client.answer(status, http1.error_body(status, f"{why}; see GET /workers"), close=self.head.close)
+        self.stop()
+        self.client.answer(self.head, status, http1.error_body(status, f"{why}; see GET /workers"))
 
     def _break(self, why: str, reason: str, at_chunk: bool) -> None:
         """The answer ends in its middle. A stream says so in an event; what is framed otherwise is too short."""
-        self._stop()
+        self.stop()
         self.router.metrics.broken[reason] += 1
         assert self.passing
         if at_chunk and b"text/event-stream" in self.passing.fields.get(b"content-type", b""):
@@ -235,7 +251,8 @@ class Exchange:
             self.client.write(b"%x\r\n%s\r\n" % (len(event), event))  # and no last chunk: it is not complete
         self.client.close()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Leave the workers."""
         if self._timer:
             self._timer.cancel()
         for attempt in (self.main, self.prefill):
@@ -243,17 +260,17 @@ class Exchange:
                 attempt.cancel()
 
 
-def _answer_start(head: Head, worker: str, method: bytes) -> bytes:
+def _answer_start(head: Head, worker: str, method: bytes, close: bool) -> bytes:
     if head.chunked:
         framing = b"transfer-encoding: chunked\r\n"
     elif method == b"HEAD" or head.status in (204, 304):
         length = head.fields.get(b"content-length")
         framing = b"content-length: %s\r\n" % length if length else b""
     elif head.length is None:
-        framing = b"connection: close\r\n"
+        framing, close = b"", True
     else:
         framing = b"content-length: %d\r\n" % head.length
     reason = http1.REASONS.get(head.status, "").encode()
-    return b"HTTP/1.1 %d %s%s\r\n%sx-router-worker: %s\r\n\r\n" % (
-        head.status, reason, head.own, framing, worker.encode()
+    return b"HTTP/1.1 %d %s%s\r\n%s%sx-router-worker: %s\r\n\r\n" % (
+        head.status, reason, head.own, framing, b"connection: close\r\n" if close else b"", worker.encode()
     )  # fmt: skip

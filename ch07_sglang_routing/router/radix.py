@@ -4,9 +4,10 @@ A radix tree holds each shared beginning once: a node is a piece of prompt (`lab
 which known prompts go on. Every node knows which workers were sent a prompt that runs through it. Sending is all that a
 router sees: what an engine has thrown out since, it guesses by age (`keeps`).
 
-Cost       insert and match: O(length of the prompt), compared slice by slice at memcmp's speed; remove: O(1).
-Memory     at most `limit` units: the items (tokens or characters) of all labels, and NODE units for each node, as
-           one of one character costs memory too. Beyond it the least recently sent leaves go.
+Cost       insert and match: O(length of the prompt) to compare, slice by slice in C, and some Python for each node on
+           its way, of which at most DEEPEST are looked at; remove: O(1).
+Memory     at most `limit` units: the items (tokens or characters) of all labels, NODE units for each node and SENT for
+           each worker that a node knows, as those cost memory too. Beyond it the least recently sent leaves go.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 
 Tokens = Sequence[int] | str
 NODE = 32  # what a node is charged beside its items: some 600 bytes
+SENT = 4  # and for each worker in it
+DEEPEST = 256  # nodes of one path. A chain "a", "aa", "aaa", … would cost a step for each character
 
 
 class Node:
@@ -61,8 +64,9 @@ class RadixTree:
         """For each worker that has any of it: how many of the first items it was sent before. Changes nothing."""
         tokens = self._comparable(tokens)
         found: dict[int, int] = {}
-        node, at = self._root, 0
-        while at < len(tokens) and (child := node.children.get(tokens[at])):
+        node, at, depth = self._root, 0, 0
+        while at < len(tokens) and depth < DEEPEST and (child := node.children.get(tokens[at])):
+            depth += 1
             same = _common(child.label, tokens, at)
             at += same
             for number in child.sent:
@@ -78,7 +82,7 @@ class RadixTree:
         tokens = self._comparable(tokens)
         number = self._number(worker)
         node, at, path, lacked = self._root, 0, [], 0
-        while at < len(tokens):
+        while at < len(tokens) and len(path) < DEEPEST:
             child = node.children.get(tokens[at])
             if child is None:
                 child = self._add(tokens[at:], node)
@@ -91,9 +95,11 @@ class RadixTree:
             path.append(node)
         self._clocks[number] += lacked
         for node in reversed(path):
+            before = len(node.sent)
             node.sent[number] = self._clocks[number]
             if len(node.sent) > len(self._clocks):  # of workers that are no more
                 node.sent = {known: clock for known, clock in node.sent.items() if known in self._clocks}
+            self.size += SENT * (len(node.sent) - before)
             self._recent.move_to_end(node)
         while self.size > self.limit:
             self._drop(self._recent.popitem(last=False)[0])
@@ -134,6 +140,7 @@ class RadixTree:
         self.size -= at  # they move to the new one
         upper = self._add(node.label[:at], node.parent)
         upper.sent = dict(node.sent)
+        self.size += SENT * len(upper.sent)
         node.label, node.parent = node.label[at:], upper
         upper.children[node.label[0]] = node
         return upper
@@ -141,7 +148,7 @@ class RadixTree:
     def _drop(self, leaf: Node) -> None:
         assert leaf.parent is not None
         del leaf.parent.children[leaf.label[0]]
-        self.size -= len(leaf.label) + NODE
+        self.size -= len(leaf.label) + NODE + SENT * len(leaf.sent)
 
 
 def _common(label: Tokens, tokens: Tokens, at: int) -> int:

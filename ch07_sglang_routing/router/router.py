@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import random
 from collections.abc import Coroutine
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, unquote_to_bytes
 
 from ch07_sglang_routing.router import http1, prompt
 from ch07_sglang_routing.router.client import Client, Limits
@@ -19,13 +20,25 @@ from ch07_sglang_routing.router.workers import Fleet, Worker
 from common.script import UserError
 
 # What goes on to a worker. Not its other paths: on some, anybody could flush its cache or load other weights.
-FORWARDED = (b"/v1/", b"/generate", b"/tokenize", b"/detokenize", b"/score", b"/rerank", b"/pooling", b"/classify")
+FORWARDED = {b"/generate", b"/tokenize", b"/detokenize", b"/score", b"/rerank", b"/pooling", b"/classify"}
+REFUSED = (b"/v1/load_lora_adapter", b"/v1/unload_lora_adapter")  # of those under /v1/, which go on otherwise
 SWEEP_S = 0.25
 LOOPBACK = ("127.0.0.1", "::1")
+LOCAL_NAMES = (b"127.0.0.1", b"localhost", b"[::1]")
+
+
+def forwarded(target: bytes) -> bool:
+    """Whether a request for this goes on to a worker, which will see the path without its percent signs."""
+    path = unquote_to_bytes(target.partition(b"?")[0])
+    if path in FORWARDED:
+        return True
+    return path.startswith(b"/v1/") and not path.startswith(REFUSED) and b"/.." not in path
 
 
 class Router:
     """policy: which worker. reads: whether it wants to know prompt or session, for which bodies must be parsed.
+
+    pairs: the policy for workers of the roles prefill and decode.
 
     admin_key: who sends it as a bearer token may add and remove workers; without one, who comes from this machine.
     """
@@ -35,6 +48,7 @@ class Router:
         policy: Policy,
         *,
         reads: bool = True,
+        pairs: PrefillDecode | None = None,
         limits: Limits | None = None,
         admin_key: str = "",
         drain_s: float = 60,
@@ -45,7 +59,7 @@ class Router:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.policy, self.reads, self.limits = policy, reads, limits or Limits()
-        self.pairs = PrefillDecode()
+        self.pairs = pairs or PrefillDecode()
         self.metrics = Metrics()
         self.clients: set[Client] = set()
         self.stopping = False
@@ -76,16 +90,16 @@ class Router:
         head = exchange.head
         generates = head.method == b"POST" and head.target.partition(b"?")[0] in prompt.GENERATES
         disaggregated = generates and self.fleet.disaggregated
-        if exchange.ask is None:
+        if exchange.ask is None or (disaggregated and not exchange.fields):
             exchange.fields = prompt.parsed(exchange.body) if generates and (self.reads or disaggregated) else {}
             exchange.ask = prompt.ask_of(head, exchange.fields, self.rng.random())
-        if disaggregated:
-            return self._route_pair(exchange, exchange.ask, tried)
+        if disaggregated and (sent := self._route_pair(exchange, exchange.ask, tried)):
+            return sent  # while one of the two roles has nobody, workers of any role do it alone
         workers = self._fresh(self.fleet.available(None if not generates else "any"), tried)
         if not workers:
             return []
         worker = workers[self.policy.choose(exchange.ask, workers)]
-        tokens = self._count(exchange.ask, self.policy.matched)
+        tokens = self._count(exchange, self.policy.matched)
         return [(worker, tokens, http1.request_bytes(head, exchange.body))]
 
     def _route_pair(self, exchange: Exchange, ask: Ask, tried: set[Worker]) -> list[tuple[Worker, int, bytes]]:
@@ -94,11 +108,15 @@ class Router:
         decodes = self._fresh(self.fleet.available("decode"), tried)
         if not prefills or not decodes:
             return []
+        if len(exchange.body) > prompt.LOOK_AT_MOST:
+            raise BadMessage(
+                413, f"the body is longer than {prompt.LOOK_AT_MOST} bytes, as prefill and decode can take"
+            )
         first, second = self.pairs.choose(ask, prefills, decodes)
         prefill, decode = prefills[first], decodes[second]
         fields = prompt.bootstrap_fields(exchange.fields, prefill.host, prefill.bootstrap_port, self.rng)
         data = http1.request_bytes(exchange.head, prompt.with_fields(exchange.body, fields))
-        return [(prefill, self._count(ask, self.pairs.matched), data), (decode, 0, data)]
+        return [(prefill, self._count(exchange, self.pairs.matched), data), (decode, 0, data)]
 
     @staticmethod
     def _fresh(workers: list[Worker], tried: set[Worker]) -> list[Worker]:
@@ -106,31 +124,34 @@ class Router:
             return workers
         return [worker for worker in workers if worker not in tried] or workers
 
-    def _count(self, ask: Ask, matched: float) -> int:
-        tokens = prompt_tokens(len(ask.tokens), ask.tokens)
-        self.metrics.prompt_tokens += tokens
-        self.metrics.matched_tokens += matched
+    @staticmethod
+    def _count(exchange: Exchange, matched: float) -> int:
+        """Tokens of the prompt that the worker has to compute. The metrics count them when it answers."""
+        assert exchange.ask
+        tokens = prompt_tokens(len(exchange.ask.tokens), exchange.ask.tokens)
+        exchange.counts = (tokens, matched)
         return int(tokens - matched)
 
     # ------------------------------------------------------------ paths of its own
 
     def own(self, client: Client, head: Head, body: bytes) -> bool:
         """Answer what is asked of the router itself, or say that it is not."""
-        if head.target.startswith(FORWARDED) and b"/.." not in head.target:
+        if forwarded(head.target):
             return False
         path, _, query = head.target.decode("ascii").partition("?")
         if path == "/metrics":
             text = self.metrics.text(self.fleet.workers.values(), len(self.clients))
-            client.answer(200, text, close=head.close, kind=b"text/plain; version=0.0.4")
+            client.answer(head, 200, text, kind=b"text/plain; version=0.0.4")
             return True
+        more = b""
         try:
             status, answer = self._administer(client, head, path, query, body)
-            text = http1.json_bytes(answer)
+            text = json.dumps(answer).encode()
         except BadMessage as error:
-            status, text = error.status, http1.error_body(error.status, str(error))
+            status, text, more = error.status, http1.error_body(error.status, str(error)), error.more
         except UserError as error:
             status, text = 400, http1.error_body(400, str(error))
-        client.answer(status, text, close=head.close)
+        client.answer(head, status, text, more=more)
         return True
 
     def _administer(self, client: Client, head: Head, path: str, query: str, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -139,7 +160,7 @@ class Router:
             return (200 if up else 503), {"workers": len(self.fleet.workers), "up": up}
         if path != "/workers" and not path.startswith("/workers/"):
             raise BadMessage(404, f"{path} is not served here; see /v1/…, /health, /metrics, /workers")
-        if head.method == b"GET" and path == "/workers":
+        if head.method in (b"GET", b"HEAD") and path == "/workers":
             return 200, {"workers": [worker.describe() for worker in self.fleet.workers.values()]}
         if head.method == b"POST" and path == "/workers":
             self._check_admin(client, head)
@@ -155,7 +176,8 @@ class Router:
                 raise BadMessage(404, "there is no such worker; see GET /workers for their names")
             self.fleet.drain(worker, self._timeout_s(query))
             return 202, worker.describe()
-        raise BadMessage(405, "GET or POST /workers, DELETE /workers/NAME")
+        allowed = b"GET, HEAD, POST" if path == "/workers" else b"DELETE"
+        raise BadMessage(405, "GET or POST /workers, DELETE /workers/NAME", b"allow: %s\r\n" % allowed)
 
     def _timeout_s(self, query: str) -> float:
         try:
@@ -173,7 +195,10 @@ class Router:
             allowed = hmac.compare_digest(given, b"Bearer " + self._admin_key.encode())
         else:
             address = client.transport.get_extra_info("peername")
-            allowed = bool(address) and address[0] in LOOPBACK
+            # The name too: a page's own name may come to mean 127.0.0.1 after it was loaded (DNS rebinding).
+            host = head.fields[b"host"].lower()
+            named = host.removesuffix(b":" + host.rpartition(b":")[2]) if not host.endswith(b"]") else host
+            allowed = bool(address) and address[0] in LOOPBACK and named in LOCAL_NAMES
         if head.method == b"POST" and head.fields.get(b"content-type", b"").partition(b";")[0] != b"application/json":
             raise BadMessage(400, "the body is no JSON; send it with content-type: application/json")
         if not allowed:
@@ -197,15 +222,15 @@ class Router:
                 worker.close_idle(now)
 
     async def stop(self, timeout_s: float = 0) -> None:
-        """Take no more requests; those that run may go on for so long, then they break off."""
+        """Take no more requests; those that run may go on for so long, to their last byte, then they break off."""
         self.stopping = True
         if self._server:
             self._server.close()
         for client in list(self.clients):
             if client.exchange is None:
-                client.transport.close()
+                client.close()
         end = self.loop.time() + timeout_s
-        while any(client.exchange for client in self.clients) and self.loop.time() < end:
+        while any(client.busy for client in self.clients) and self.loop.time() < end:
             await asyncio.sleep(0.02)
         for client in list(self.clients):
             client.transport.abort()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from common.script import UserError
 log = logging.getLogger("router")
 IDLE_S = 4.0  # a connection that nobody used for so long is closed: uvicorn does it after 5, just when we send
 HEALTH_S = 5.0  # to answer a health check in: an engine in the middle of a long prefill step is slow, not ill
+HOST = re.compile(r"[\w.:%-]+", re.ASCII)  # so that a name needs no escapes in a header or a metric's label
 ROLES = ("any", "prefill", "decode")
 Json = dict[str, Any]
 
@@ -28,12 +30,14 @@ def address(url: str) -> tuple[str, int, str]:
     """Host, port, and the worker's name: HOST:PORT. Raises UserError."""
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        port = parts.port or 80
+        port = 80 if parts.port is None else parts.port
     except ValueError:
         raise UserError(f"{url!r} is no worker's address; give it as http://HOST:PORT") from None
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+    good = parts.scheme == "http" and port > 0 and HOST.fullmatch(parts.hostname or "")
+    if not good or parts.path.strip("/") or parts.query or parts.username:
         raise UserError(f"{url!r} is no worker's address; give it as http://HOST:PORT")
-    return parts.hostname, port, f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
+    host = str(parts.hostname)
+    return host, port, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Worker:
@@ -46,7 +50,7 @@ class Worker:
         self.role, self.bootstrap_port = role, bootstrap_port
         self.in_flight = self.pending_tokens = 0
         self.healthy: bool | None = None  # None: not asked yet
-        self.draining = False
+        self.draining = self.removed = False
         self.breaker = Breaker(asyncio.get_running_loop().time, **breaker)
         self.connections: set[Connection] = set()
         self._idle: list[Connection] = []
@@ -66,7 +70,9 @@ class Worker:
         return connection
 
     def put_back(self, connection: Connection) -> None:
-        if not connection.transport.is_closing():
+        if self.removed:
+            connection.drop()
+        elif not connection.transport.is_closing():
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)
 
@@ -81,8 +87,15 @@ class Worker:
             connection.drop()
 
     def close(self) -> None:
+        """It is no longer one of the workers: what it has not answered yet may go elsewhere, never back to it."""
+        self.removed = True
         for connection in list(self.connections):
             connection.transport.abort()
+
+    def went_silent(self) -> None:
+        """Who waits for an answer's beginning here need not wait for a timeout."""
+        for connection in list(self.connections):
+            connection.give_up("the worker has stopped answering")
 
     def describe(self) -> Json:
         state = "draining" if self.draining else {None: "starting", True: "up", False: "down"}[self.healthy]
@@ -177,6 +190,7 @@ class Fleet:
                     log.warning("worker %s does not answer %s; no requests go there", worker.name, self._path)
                     worker.healthy = False
                     self._gone(worker.name)  # when it comes back, it has been started anew
+                    worker.went_silent()
             pause_s = self._interval_s if worker.healthy else min(0.25, self._interval_s)
             await asyncio.sleep(pause_s)
 
