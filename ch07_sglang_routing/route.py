@@ -37,7 +37,7 @@ from common import script
 from common.script import UserError
 
 Json = dict[str, Any]
-BLOCK = 16
+BLOCK = 32  # the least that vLLM takes on a CPU
 WARM = 16  # requests of the turn that does not count
 PEER = "sglang-router"  # with its own policy, cache_aware
 COUNTS = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", "vllm:request_success_total")

@@ -33,7 +33,7 @@ from ch06_vllm.engine.engine import Engine
 from ch06_vllm.engine.request import Config
 from ch06_vllm.servers import Server
 from ch06_vllm.started import folder_of
-from ch07_sglang_routing.router.policies import POLICIES
+from ch07_sglang_routing.router.policies import named
 from ch07_sglang_routing.simulator import by_hand, live, run, traces
 from ch07_sglang_routing.simulator.run import Played, Setting
 from common import lm, script
@@ -46,18 +46,12 @@ MEASURES = {
 }
 
 
-def policy(text: str) -> str:
-    if text not in POLICIES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no policy; take some of {', '.join(POLICIES)}")
-    return text
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = script.parser(__doc__)
     parser.add_argument("--preset", choices=lm.PRESETS, default="nano")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     parser.add_argument("--workers", type=script.at_least(1), default=2)
-    parser.add_argument("--policies", type=script.comma_list(policy), default="round_robin,joint")
+    parser.add_argument("--policies", type=script.comma_list(named), default="round_robin,joint")
     parser.add_argument("--requests", type=script.at_least(20), default=120)
     parser.add_argument("--rate", type=script.positive, default=12.0, help="requests/s")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="stepped by hand, or servers")

@@ -6,7 +6,6 @@ counts, or, with `scrape_s`, the engines' gauges as they last were read.
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from ch06_vllm.engine.request import Config
-from ch07_sglang_routing.router.policies import POLICIES, Ask, CacheAware, least_work, longest_prefix
-from ch07_sglang_routing.router.radix import RadixTree
+from ch07_sglang_routing.router import policies
+from ch07_sglang_routing.router.policies import Ask
 from ch07_sglang_routing.simulator.decoding import Sequence
 from ch07_sglang_routing.simulator.engine import Engine
 from ch07_sglang_routing.simulator.physics import Physics
@@ -92,17 +91,10 @@ class Played:
 
 
 def policy(name: str, setting: Setting, request_tokens: float = 64.0) -> Chooser:
-    """A policy of the router's by name; those that look at caches are told how much the engines hold.
-
-    request_tokens: of least_work.
-    """
+    """router.policies.make; those that look at caches are told how much the engines hold."""
     assert setting.config.num_blocks is not None
-    tree = RadixTree(2**24, keeps=setting.config.num_blocks * setting.config.block_size)
-    if name == "prefix":
-        return CacheAware(longest_prefix, tree)
-    if name == "joint":
-        return CacheAware(functools.partial(least_work, request_tokens=request_tokens), tree)
-    return POLICIES[name]()
+    keeps = setting.config.num_blocks * setting.config.block_size
+    return policies.make(name, tree_size=2**24, keeps=keeps, request_tokens=request_tokens)
 
 
 class Fixed:
