@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.steps < args.kills + 2 * args.save_every + 3:
         raise script.UserError(f"{args.steps} steps leave no room for {args.kills} kills; raise --steps")
-    choose_device(args, max(args.ranks, *args.other_ranks))
+    choose_device(args, max([args.ranks, *args.other_ranks]))
     run = script.start(__file__, args)
     folder = Path(tempfile.mkdtemp(prefix="survive-"))
     try:
