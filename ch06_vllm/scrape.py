@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+from collections import defaultdict
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,11 +23,11 @@ class Metrics:
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, float] = {}
-        self.samples: dict[str, list[Sample]] = {}
+        self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 self.values[sample.name] = self.values.get(sample.name, 0.0) + sample.value
-                self.samples.setdefault(sample.name, []).append(sample)
+                self.samples[sample.name].append(sample)
 
     def __getitem__(self, name: str) -> float:
         """
