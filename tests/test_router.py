@@ -153,6 +153,22 @@ async def routed(*urls: str, policy: str = "joint", roles: tuple[str, ...] = (),
         await router.stop()
 
 
+@contextlib.asynccontextmanager
+async def stalled(size: int, requests: int) -> AsyncIterator[tuple[Backend, Any, asyncio.StreamReader, Any]]:
+    """Somebody has asked a worker for answers of `size` bytes, so many times at once, and reads nothing: worker,
+    router, reader, writer."""
+
+    async def large(call: Call) -> None:
+        call.say(200, bytes(size))
+
+    async with Backend(large) as worker, routed(worker.url) as router:
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**16)
+        writer.transport.pause_reading()
+        writer.write(post(ASKED) * requests)
+        await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
+        yield worker, router, reader, writer
+
+
 def in_flight(router: Router) -> tuple[int, int]:
     workers = router.fleet.workers.values()
     return sum(worker.in_flight for worker in workers), sum(worker.pending_tokens for worker in workers)
@@ -554,15 +570,8 @@ def test_who_does_not_read_leaves_the_connection_to_the_worker_as_it_was() -> No
     """Answers that come in one piece: the last of them stops the reading, and its connection goes back for others."""
     size = 200_000
 
-    async def large(call: Call) -> None:
-        call.say(200, bytes(size))
-
     async def test() -> None:
-        async with Backend(large) as worker, routed(worker.url) as router:
-            reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**16)
-            writer.transport.pause_reading()
-            writer.write(post(ASKED) * 100)
-            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
+        async with stalled(size, requests=100) as (worker, router, reader, writer):
             await until(lambda: in_flight(router) == (0, 0) or len(worker.calls) > 90, "no request begun for it")
             (client,) = router.clients
             assert client.transport.get_write_buffer_size() < 2**20

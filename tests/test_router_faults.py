@@ -19,13 +19,36 @@ from ch07_sglang_routing.router.client import Limits
 from ch07_sglang_routing.router.running import Routing
 from common import process
 from common.ranks import free_port
-from tests.test_router import ASKED, Backend, Call, Json, answer, echo, in_flight, post, raw, routed, run, until
+from tests.test_router import (
+    ASKED,
+    Backend,
+    Call,
+    Handler,
+    Json,
+    answer,
+    echo,
+    in_flight,
+    post,
+    raw,
+    routed,
+    run,
+    stalled,
+    until,
+)
 
 GET = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 async def hang(call: Call) -> None:
     await call.left.wait()
+
+
+def echo_after(go: asyncio.Event) -> Handler:
+    async def wait(call: Call) -> None:
+        await go.wait()
+        await echo(call)
+
+    return wait
 
 
 # ---------------------------------------------------------------- the same request twice
@@ -226,13 +249,9 @@ def test_blank_lines_before_a_request_are_not_kept() -> None:
 def test_a_large_request_may_come_while_another_is_answered() -> None:
     go = asyncio.Event()
 
-    async def wait(call: Call) -> None:
-        await go.wait()
-        await echo(call)
-
     async def test() -> None:
         large = b'{"x": "%s"}' % (b"a" * 3_000_000)
-        async with Backend(wait) as worker, routed(worker.url) as router:
+        async with Backend(echo_after(go)) as worker, routed(worker.url) as router:
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**23)
             writer.write(post(ASKED) + post(large) + post(ASKED))
             await until(lambda: any(client._held for client in router.clients), "no more is read")
@@ -311,15 +330,8 @@ def test_connection_options_are_a_list_over_all_its_fields() -> None:
 def test_stopping_sends_what_was_answered_to_the_last_byte() -> None:
     size = 8 * 2**20
 
-    async def large(call: Call) -> None:
-        call.say(200, bytes(size))
-
     async def test() -> None:
-        async with Backend(large) as worker, routed(worker.url) as router:
-            reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=2**16)
-            writer.transport.pause_reading()
-            writer.write(post(ASKED))
-            await until(lambda: any(client._stalled for client in router.clients), "a stalled client")
+        async with stalled(size, requests=1) as (_, router, reader, writer):
             stopping = asyncio.create_task(router.stop(30))
             await until(lambda: router.stopping, "stopping")
             writer.transport.resume_reading()
@@ -335,12 +347,8 @@ def test_stopping_sends_what_was_answered_to_the_last_byte() -> None:
 def test_sigterm_lets_a_running_request_finish_and_says_that_the_connection_ends() -> None:
     go = asyncio.Event()
 
-    async def wait(call: Call) -> None:
-        await go.wait()
-        await echo(call)
-
     async def test() -> None:
-        async with Backend(wait) as worker:
+        async with Backend(echo_after(go)) as worker:
             routing = await asyncio.to_thread(Routing([worker.url]).__enter__)
             try:
                 reader, writer = await asyncio.open_connection(HOST, int(routing.url.rpartition(":")[2]))
@@ -394,10 +402,6 @@ def test_a_breakers_one_trial_closes_it_again() -> None:
     async def refuse(call: Call) -> None:
         call.say(500, b"{}")
 
-    async def wait(call: Call) -> None:
-        await go.wait()
-        await echo(call)
-
     async def test() -> None:
         options = {"policy": "round_robin", "threshold": 2, "base_s": 0.05, "limits": Limits(retries=0)}
         async with Backend(refuse) as worker, routed(worker.url, **options) as router:
@@ -406,7 +410,7 @@ def test_a_breakers_one_trial_closes_it_again() -> None:
                 await raw(router, post(ASKED))
             assert known.breaker.state == "open"
             assert (await raw(router, post(ASKED)))[0] == 503
-            worker.handler = wait
+            worker.handler = echo_after(go)
             await until(lambda: known.breaker.state == "half-open", "its turn to try")
             trial = asyncio.create_task(raw(router, post(ASKED)))
             await until(lambda: len(worker.calls) == 3, "the trial at the worker")
