@@ -93,6 +93,8 @@ def run_genai_bench(
 ) -> Reported:
     """One scenario at one concurrency, offline, with a local tokenizer folder.
 
+    Backend vllm, for any server: openai drops ignore_eos, also where it is asked for, and answers end when they like.
+
     Raises:
         UserError: it is not installed, or it fails; its last words.
     """
@@ -100,12 +102,12 @@ def run_genai_bench(
     if not (environment / ".installed").exists():
         raise script.UserError("there is no genai-bench here; run make setup-genai-bench")
     command = [
-        environment / "bin/genai-bench", "benchmark", "--api-backend", "openai", "--api-base", url, "--api-key", "none",
+        environment / "bin/genai-bench", "benchmark", "--api-backend", "vllm", "--api-base", url, "--api-key", "none",
         "--task", "text-to-text", "--api-model-name", name, "--model-tokenizer", tokenizer,
         "--num-concurrency", args.concurrency, "--traffic-scenario", f"D({args.prompt_tokens},{TOKENS})",
         "--max-time-per-run", 5, "--max-requests-per-run", args.requests, "--num-workers", 0,
         "--experiment-base-dir", out.parent, "--experiment-folder-name", out.name, "--log-dir", out.parent,
-        "--additional-request-params", json.dumps({"ignore_eos": True}), *extra,
+        *extra,
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "200"}
     out.parent.mkdir(parents=True, exist_ok=True)

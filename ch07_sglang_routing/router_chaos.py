@@ -16,24 +16,31 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ch06_vllm.client import Client, RequestFailed, Retry
 from ch06_vllm.servers import Server
 from ch06_vllm.started import HELP, engine_and_model, server
+from ch07_sglang_routing.router.policies import Ask, Worker, session
 from ch07_sglang_routing.router.running import Routing
 from common import script
 
 Json = dict[str, Any]
 OPTIONS = {"max-num-seqs": 16, "max-num-batched-tokens": 512}
-STREAM_TOKENS = 200
+STREAM_TOKENS = 600
 PATIENCE_S = 60.0
 
 
-async def stream(client: Client, model: str, begun: asyncio.Semaphore) -> str:
-    """One long stream; how it ended: whole, or cut."""
-    body = {"model": model, "prompt": "A long story: ", "max_tokens": STREAM_TOKENS, "ignore_eos": True}
+def sessions_of(name: str, names: Sequence[str]) -> Iterator[str]:
+    """Sessions that the policy `session` sends to the worker of this name."""
+    idle = [Worker(each, 0, 0) for each in names]
+    return (text for text in map(str, itertools.count()) if names[session(Ask(session=text), idle)] == name)
+
+
+async def stream(client: Client, model: str, user: str, begun: asyncio.Semaphore) -> str:
+    """One long stream of a session; how it ended: whole, or cut."""
+    body = {"model": model, "prompt": "A long story: ", "max_tokens": STREAM_TOKENS, "ignore_eos": True, "user": user}
     last, seen = None, 0
     try:
         async with client.stream("/v1/completions", body) as chunks:
@@ -67,17 +74,23 @@ async def trace(client: Client, model: str, requests: int, on_answer: Any) -> li
 
 
 async def suffer(routing: Routing, victim: Server, added: Server, *, requests: int, streams: int) -> Json:
-    """Send the trace; after a third of it, with streams running, kill the victim and add another.
+    """Send the trace; after a third of it, with streams running, in turn on each engine, kill the victim and add another.
 
-    The client itself tries nothing again.
+    The kill comes as soon as the victim's streams have begun: it must not have ended them when those of a slower engine
+    begin. The client itself tries nothing again.
     """
-    begun, running = asyncio.Semaphore(0), []
+    begun, other, running = asyncio.Semaphore(0), asyncio.Semaphore(0), []
+    names = [worker["name"] for worker in routing.known()]
+    users = [sessions_of(name, names) for name in names]
 
     async def on_answer(count: int) -> None:
         if count == requests // 3:
-            running.extend(asyncio.create_task(stream(client, added.model, begun)) for _ in range(streams))
+            for number in range(streams):
+                turn = number % len(names)
+                said = stream(client, added.model, next(users[turn]), other if turn else begun)
+                running.append(asyncio.create_task(said))
             async with asyncio.timeout(PATIENCE_S):
-                for _ in range(streams):
+                for _ in range(0, streams, len(names)):
                     await begun.acquire()
             await asyncio.to_thread(victim.child.kill)
             await asyncio.to_thread(routing.add, added.url)
@@ -100,7 +113,7 @@ def came_back(routing: Routing, added: Server) -> Json:
 
 def run_day(servers: Sequence[Server], added: Server, requests: int, streams: int) -> Json:
     """The day of a router before these servers, of which the first dies."""
-    with Routing([each.url for each in servers], policy="round_robin") as routing:
+    with Routing([each.url for each in servers], policy="session") as routing:
         suffered = asyncio.run(suffer(routing, servers[0], added, requests=requests, streams=streams))
         return suffered | came_back(routing, added)
 

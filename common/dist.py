@@ -34,6 +34,7 @@ log = get_logger()
 STUCK_HINT = "look at its own log: it failed, is stuck elsewhere (py-spy dump --pid PID shows where), or is much slower"
 _closed: list[Any] = []  # process groups of sessions that are over, see _leave
 FAILED = "failed"  # key under which a rank that leaves with an error says so: the others need not wait for it
+EVERYONE = "everyone"  # set under a meeting's key by the last who comes
 LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset) by peer|ncclRemoteError|ncclSystemError")
 LOST_HINT = "that rank ended or the network failed: look at the log of the first that did"
 NETWORK_HINT = (
@@ -334,7 +335,10 @@ def join(launch: Launch, timeout_s: float) -> Store:
     except RuntimeError as error:
         raise UserError(f"rank {launch.rank} lost rank 0 at {where}; look at rank 0's own error") from error
     except UserError:
-        _let_others_read(store, launch, 2)
+        # In a job that runs, whoever is refused is a stray: by the word "left" rank 0 would not wait for the true rank.
+        with suppress(RuntimeError):
+            if not store.check([f"join/{EVERYONE}"]):
+                _let_others_read(store, launch, 2)
         raise
     return store
 
@@ -377,7 +381,7 @@ def _meet(store: Store, key: str, launch: Launch, timeout_s: float, what: str, *
     The last to come sets one key that the others poll: store.wait would do, but logs C++ warnings when it times out.
     """
     keys = [f"{key}/{rank}" for rank in range(launch.world_size)]
-    everyone = f"{key}/everyone"
+    everyone = f"{key}/{EVERYONE}"
     deadline, pause = time.monotonic() + timeout_s, 0.001
     try:
         store.set(keys[launch.rank], "here")

@@ -431,6 +431,7 @@ def join_with_a_stray() -> str:
                 there = dist.Launch(**{**vars(stray), "address": ctx.launch.address, "port": ctx.launch.port})
                 with pytest.raises(UserError):
                     dist.join(there, 2)
+            assert not ctx.store.check(["left/1"])  # it would say that the true rank 1 needs the store no more
         ctx.barrier("after the stray")
     return "fine"
 
