@@ -74,7 +74,7 @@ async def trace(client: Client, model: str, requests: int, on_answer: Any) -> li
 
 
 async def suffer(routing: Routing, victim: Server, added: Server, *, requests: int, streams: int) -> Json:
-    """Send the trace; after a third of it, with streams running, in turn on each engine, kill the victim and add another.
+    """Send the trace; after a third of it, with streams running on each engine, kill the victim and add another.
 
     The kill comes as soon as the victim's streams have begun: it must not have ended them when those of a slower engine
     begin. The client itself tries nothing again.

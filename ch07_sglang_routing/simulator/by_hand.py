@@ -17,9 +17,8 @@ import numpy as np
 from ch06_vllm.engine import SamplingParams
 from ch06_vllm.engine.engine import Engine
 from ch06_vllm.engine.request import Output
-from ch07_sglang_routing.router.policies import Ask
 from ch07_sglang_routing.simulator.live import Samples, prompt
-from ch07_sglang_routing.simulator.run import Chooser, Counts, Played
+from ch07_sglang_routing.simulator.run import Book, Chooser, Played
 from ch07_sglang_routing.simulator.traces import Trace
 
 
@@ -32,11 +31,10 @@ def step(engine: Engine) -> tuple[list[Output], float]:
 
 def play(trace: Trace, chooser: Chooser, engines: Sequence[Engine], ids: np.ndarray) -> Played:
     """As simulator.run.play, on real engines. Their prefix caches are emptied first."""
-    counts = [Counts(f"worker-{number}") for number in range(len(engines))]
-    clocks, busy = [0.0] * len(engines), [0.0] * len(engines)  # when the engine's next step begins
-    first_s, finish_s, sent_to = np.zeros(len(trace)), np.zeros(len(trace)), np.zeros(len(trace), dtype=int)
-    cached, pending = np.zeros(len(trace)), np.zeros(len(trace))
-    known: list[tuple[float, int, int, bool]] = []  # (time, request, worker, its end): what the router will learn then
+    book = Book(trace, len(engines))
+    clocks, busy_s = [0.0] * len(engines), [0.0] * len(engines)  # when the engine's next step begins
+    first_s, finish_s, cached = np.zeros(len(trace)), np.zeros(len(trace)), np.zeros(len(trace))
+    known: list[tuple[float, int, bool]] = []  # (time, request, its end): what the router will learn then
     preempted = sum(engine.scheduler.num_preemptions for engine in engines)
     for engine in engines:
         engine.pool.forget_all()
@@ -46,44 +44,28 @@ def play(trace: Trace, chooser: Chooser, engines: Sequence[Engine], ids: np.ndar
             while engine.has_work and clocks[worker] <= until_s:
                 outputs, seconds = step(engine)
                 clocks[worker] += seconds
-                busy[worker] += seconds
+                busy_s[worker] += seconds
                 for output in outputs:
                     index = int(output.request_id)
                     if not first_s[index]:
                         first_s[index], cached[index] = clocks[worker], output.cached_tokens
-                        heapq.heappush(known, (clocks[worker], index, worker, False))
+                        heapq.heappush(known, (clocks[worker], index, False))
                     if output.finish_reason:
                         finish_s[index] = clocks[worker]
-                        heapq.heappush(known, (clocks[worker], index, worker, True))
+                        heapq.heappush(known, (clocks[worker], index, True))
 
     for index, asked in enumerate(trace):
         advance(asked.at_s)
         while known and known[0][0] <= asked.at_s:
-            _, which, worker, ended = heapq.heappop(known)
-            if ended:
-                counts[worker].in_flight -= 1
-            else:
-                counts[worker].pending_tokens -= pending[which]
-        worker = chooser.choose(Ask(asked.tokens(), asked.session, asked.rank), counts)
-        sent_to[index], pending[index] = worker, asked.prompt - chooser.matched
-        counts[worker].in_flight += 1
-        counts[worker].pending_tokens += pending[index]
+            _, which, ended = heapq.heappop(known)
+            (book.end if ended else book.first_token)(which)
+        worker = book.send(index, chooser)
         if not engines[worker].has_work:
             clocks[worker] = max(clocks[worker], asked.at_s)  # its last step may still be running
         engines[worker].add(prompt(asked, ids), SamplingParams.exactly(asked.output), request_id=str(index))
     advance(np.inf)
-    at_s = np.array([asked.at_s for asked in trace])
-    return Played(
-        ttft_s=first_s - at_s,
-        e2e_s=finish_s - at_s,
-        worker=sent_to,
-        cached=cached,
-        prompt=np.array([asked.prompt for asked in trace]),
-        output=np.array([asked.output for asked in trace]),
-        at_s=at_s,
-        preemptions=sum(engine.scheduler.num_preemptions for engine in engines) - preempted,
-        busy=[seconds / float(finish_s.max()) for seconds in busy],
-    )
+    preempted = sum(engine.scheduler.num_preemptions for engine in engines) - preempted
+    return book.close(first_s, finish_s, cached, preemptions=preempted, busy_s=busy_s)
 
 
 def measure(

@@ -19,9 +19,8 @@ import numpy as np
 from ch06_vllm import scrape
 from ch06_vllm.client import Client
 from ch06_vllm.servers import Server
-from ch07_sglang_routing.router.policies import Ask
 from ch07_sglang_routing.simulator.physics import Physics
-from ch07_sglang_routing.simulator.run import Chooser, Counts, Played
+from ch07_sglang_routing.simulator.run import Book, Chooser, Played
 from ch07_sglang_routing.simulator.traces import Asked, Trace
 
 PATH = "/v1/completions"
@@ -70,18 +69,14 @@ async def play(trace: Trace, chooser: Chooser, servers: Sequence[Server], ids: n
 
     Latencies count from the moment at which a request should have been sent (no coordinated omission).
     """
-    counts = [Counts(f"worker-{number}") for number in range(len(servers))]
+    book = Book(trace, len(servers))
     prompts = [prompt(asked, ids, salt) for asked in trace]
-    first_s, finish_s, sent_to = np.zeros(len(trace)), np.zeros(len(trace)), np.zeros(len(trace), dtype=int)
+    first_s, finish_s = np.zeros(len(trace)), np.zeros(len(trace))
     before = [hits(server) for server in servers]
 
-    async def one(index: int, client: Client, worker: int, pending: float) -> None:
-        def on_first() -> None:
-            counts[worker].pending_tokens -= pending
-
-        asked = trace[index]
-        times = await answer(client, servers[worker].model, prompts[index], asked.output, on_first)
-        counts[worker].in_flight -= 1
+    async def one(index: int, client: Client, model: str) -> None:
+        times = await answer(client, model, prompts[index], trace[index].output, lambda: book.first_token(index))
+        book.end(index)
         first_s[index], finish_s[index] = times.arrivals_s[0] - began, times.arrivals_s[-1] - began
 
     async with contextlib.AsyncExitStack() as stack:
@@ -90,26 +85,12 @@ async def play(trace: Trace, chooser: Chooser, servers: Sequence[Server], ids: n
         async with asyncio.TaskGroup() as group:
             for index, asked in enumerate(trace):
                 await asyncio.sleep(max(0.0, began + asked.at_s - time.perf_counter()))
-                worker = chooser.choose(Ask(asked.tokens(), asked.session, asked.rank), counts)
-                pending = asked.prompt - chooser.matched
-                counts[worker].in_flight += 1
-                counts[worker].pending_tokens += pending
-                sent_to[index] = worker
-                group.create_task(one(index, clients[worker], worker, pending))
-    at_s = np.array([asked.at_s for asked in trace])
+                worker = book.send(index, chooser)
+                group.create_task(one(index, clients[worker], servers[worker].model))
     found = np.array([hits(server) for server in servers]) - before
     prompt_tokens = np.array([asked.prompt for asked in trace])
-    return Played(
-        ttft_s=first_s - at_s,
-        e2e_s=finish_s - at_s,
-        worker=sent_to,
-        cached=prompt_tokens * (found.sum() / prompt_tokens.sum()),  # the servers tell only the sum
-        prompt=prompt_tokens,
-        output=np.array([asked.output for asked in trace]),
-        at_s=at_s,
-        preemptions=0,
-        busy=[],
-    )
+    share = found.sum() / prompt_tokens.sum()  # the servers tell only the sum
+    return book.close(first_s, finish_s, prompt_tokens * share)
 
 
 def hits(server: Server) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from ch07_sglang_routing.simulator.decoding import Sequence
 from ch07_sglang_routing.simulator.engine import Engine
 from ch07_sglang_routing.simulator.physics import Physics
 from ch07_sglang_routing.simulator.traces import Asked, Trace
+
+Seconds = Series[float] | np.ndarray
 
 
 class Counts:
@@ -97,6 +100,49 @@ def policy(name: str, setting: Setting, request_tokens: float = 64.0) -> Chooser
     return policies.make(name, tree_size=2**24, keeps=keeps, request_tokens=request_tokens)
 
 
+class Book:
+    """The router's account of a trace that is played: where each request went, and what each worker has to do."""
+
+    def __init__(self, trace: Trace, workers: int) -> None:
+        self.trace, self.counts = trace, [Counts(f"worker-{number}") for number in range(workers)]
+        self.sent_to, self._pending = [0] * len(trace), [0.0] * len(trace)
+
+    def send(self, index: int, chooser: Chooser, seen: list[Counts] | None = None) -> int:
+        """Choose by what is `seen`, else by the account itself, and enter it."""
+        asked = self.trace[index]
+        worker = chooser.choose(Ask(asked.tokens(), asked.session, asked.rank), seen or self.counts)
+        self.enter(index, worker, chooser.matched)
+        return worker
+
+    def enter(self, index: int, worker: int, matched: float) -> None:
+        self.sent_to[index], self._pending[index] = worker, self.trace[index].prompt - matched
+        self.counts[worker].in_flight += 1
+        self.counts[worker].pending_tokens += self._pending[index]
+
+    def first_token(self, index: int) -> None:
+        self.counts[self.sent_to[index]].pending_tokens -= self._pending[index]
+
+    def end(self, index: int) -> None:
+        self.counts[self.sent_to[index]].in_flight -= 1
+
+    def close(
+        self, first_s: Seconds, finish_s: Seconds, cached: Seconds, *, preemptions: int = 0, busy_s: Seconds = ()
+    ) -> Played:
+        """The trace as it was played; seconds since it began."""
+        at_s = np.array([asked.at_s for asked in self.trace])
+        return Played(
+            ttft_s=np.array(first_s) - at_s,
+            e2e_s=np.array(finish_s) - at_s,
+            worker=np.array(self.sent_to),
+            cached=np.array(cached),
+            prompt=np.array([asked.prompt for asked in self.trace]),
+            output=np.array([asked.output for asked in self.trace]),
+            at_s=at_s,
+            preemptions=preemptions,
+            busy=[seconds / float(max(finish_s)) for seconds in busy_s],
+        )
+
+
 class Fixed:
     """Where each request goes is known beforehand."""
 
@@ -159,26 +205,23 @@ def play(trace: Trace, chooser: Chooser | Informed, setting: Setting) -> Played:
     """The trace, to the last token of the last request."""
     requests, size = len(trace), setting.config.block_size
     first_s, finish_s = [math.nan] * requests, [math.nan] * requests
-    sent_to, cached = [0] * requests, [0] * requests
-    pending = [0.0] * requests
-    counts = [Counts(f"worker-{number}") for number in range(setting.workers)]
-    gauges = counts if setting.scrape_s is None else [Counts(count.name) for count in counts]
+    cached, book = [0] * requests, Book(trace, setting.workers)
+    gauges = book.counts if setting.scrape_s is None else [Counts(count.name) for count in book.counts]
     leaking, leak = setting.leaks or (-1, 0.0)
     sequences: dict[int, Sequence] = {}
 
     def on_first(index: int, now_s: float) -> None:
-        first_s[index] = now_s
-        counts[sent_to[index]].pending_tokens -= pending[index]
+        first_s[index] = now_s + setting.physics.request_s
+        book.first_token(index)
 
     def on_finish(index: int, now_s: float) -> None:
-        finish_s[index] = now_s
+        finish_s[index] = now_s + setting.physics.request_s
         cached[index] = sequences.pop(index).cached
-        worker = sent_to[index]
         # The request's own luck decides: a leak meets the same requests under each policy.
-        if worker != leaking or (trace[index].rank * 997) % 1 >= leak:
-            counts[worker].in_flight -= 1
+        if book.sent_to[index] != leaking or (trace[index].rank * 997) % 1 >= leak:
+            book.end(index)
 
-    engines = [Engine(setting.physics, setting.config, on_first, on_finish) for _ in counts]
+    engines = [Engine(setting.physics, setting.config, on_first, on_finish) for _ in book.counts]
 
     wakes = [engine.wake_s for engine in engines]
 
@@ -202,32 +245,17 @@ def play(trace: Trace, chooser: Chooser | Informed, setting: Setting) -> Played:
         advance(asked.at_s)
         hashes = asked.hashes(index, size, recur=setting.recur)
         if isinstance(chooser, Informed):
-            worker, matched = chooser.choose(asked, hashes, engines), 0.0
+            worker = chooser.choose(asked, hashes, engines)
+            book.enter(index, worker, matched=0.0)
         else:
-            worker = chooser.choose(Ask(asked.tokens(), asked.session, asked.rank), gauges)
-            matched = chooser.matched
-        sent_to[index] = worker
-        pending[index] = asked.prompt - matched
-        counts[worker].in_flight += 1
-        counts[worker].pending_tokens += pending[index]
+            worker = book.send(index, chooser, gauges)
         sequences[index] = sequence = Sequence(index, asked.prompt, asked.output, hashes)
         engines[worker].submit(sequence, asked.at_s)
         wakes[worker] = engines[worker].wake_s
     advance(sys.float_info.max)
 
-    at_s = np.array([asked.at_s for asked in trace])
-    end_s = max(finish_s)
-    return Played(
-        ttft_s=np.array(first_s) - at_s + setting.physics.request_s,
-        e2e_s=np.array(finish_s) - at_s + setting.physics.request_s,
-        worker=np.array(sent_to),
-        cached=np.array(cached),
-        prompt=np.array([asked.prompt for asked in trace]),
-        output=np.array([asked.output for asked in trace]),
-        at_s=at_s,
-        preemptions=sum(engine.num_preemptions for engine in engines),
-        busy=[engine.busy_s / end_s for engine in engines],
-    )
+    preemptions = sum(engine.num_preemptions for engine in engines)
+    return book.close(first_s, finish_s, cached, preemptions=preemptions, busy_s=[engine.busy_s for engine in engines])
 
 
 def oracle(played: Iterable[Played]) -> Played:
