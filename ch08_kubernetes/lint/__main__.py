@@ -25,7 +25,7 @@ def check(paths: list[Path]) -> tuple[list[Object], list[Finding]]:
     """All objects under `paths`, and the faults in them.
 
     Files of one folder belong together, as one `kubectl apply -f FOLDER`; each folder that is rendered is a set of its
-    own. Recording rules hold for all.
+    own. Names that objects refer to, and recording rules, may be in any.
 
     Raises:
         UserError: a path cannot be read, or a package is missing.
@@ -48,7 +48,7 @@ def check(paths: list[Path]) -> tuple[list[Object], list[Finding]]:
                 for rule in pod_rules.RULES.values():
                     findings += rule(pod)
         for between in group_rules.RULES.values():
-            findings += between(objects)
+            findings += between(objects, every)
     findings += promql.check(every)
     return every, sorted(set(findings), key=lambda f: (f.where.split(":")[0], int(f.where.split(":")[1]), f.rule))
 

@@ -1,4 +1,7 @@
-"""What goes wrong between objects: selectors, disruption budgets, autoscalers, references, queues."""
+"""What goes wrong between objects: selectors, disruption budgets, autoscalers, references, queues.
+
+A rule gets the objects of one set (a folder, or what kustomize renders) and all that are checked in this run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from ch08_kubernetes.lint.objects import Finding, Object, Pod, mapping, pods
 
-Rule = Callable[[list[Object]], Iterator[Finding]]
+Rule = Callable[[list[Object], list[Object]], Iterator[Finding]]
 SCALED = ("Deployment", "StatefulSet", "LeaderWorkerSet")
 LWS_NAME, LWS_INDEX = "leaderworkerset.sigs.k8s.io/name", "leaderworkerset.sigs.k8s.io/worker-index"
 
@@ -49,7 +52,7 @@ def everywhere(objects: list[Object]) -> list[Pod]:
     return [pod for owner in objects for pod in pods(owner)]
 
 
-def selector(objects: list[Object]) -> Iterator[Finding]:
+def selector(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """A workload's selector must match its own template: the API server refuses it otherwise."""
     for owner in objects:
         if owner.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet"):
@@ -62,7 +65,7 @@ def selector(objects: list[Object]) -> Iterator[Finding]:
                 yield pod.finding("selector", "a topologySpreadConstraint does not count the pod itself; mend its labels")
 
 
-def service(objects: list[Object]) -> Iterator[Finding]:
+def service(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """A Service with pods behind it, and a name for each rank before it is ready."""
     found = everywhere(objects)
     services = [owner for owner in objects if owner.kind == "Service"]
@@ -90,9 +93,9 @@ def service(objects: list[Object]) -> Iterator[Finding]:
             yield headless.finding("service", "ranks meet before they are ready; set publishNotReadyAddresses: true")
 
 
-def least_replicas(owner: Object, objects: list[Object]) -> int:
+def least_replicas(owner: Object, every: list[Object]) -> int:
     """Replicas when load is low: what an autoscaler goes down to, else what is written."""
-    for scaler in objects:
+    for scaler in every:
         reference = mapping(scaler.spec.get("scaleTargetRef"))
         if reference.get("name") == owner.name and reference.get("kind", "Deployment") == owner.kind:
             key = "minReplicas" if scaler.kind == "HorizontalPodAutoscaler" else "minReplicaCount"
@@ -100,7 +103,7 @@ def least_replicas(owner: Object, objects: list[Object]) -> int:
     return int(owner.spec.get("replicas", 1))
 
 
-def budget(objects: list[Object]) -> Iterator[Finding]:
+def budget(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """A disruption budget that protects something, and lets a node be drained all the same."""
     found = everywhere(objects)
     for owner in (o for o in objects if o.kind == "PodDisruptionBudget"):
@@ -115,7 +118,7 @@ def budget(objects: list[Object]) -> Iterator[Finding]:
         pod = covered[0]
         if pod.owner.kind not in SCALED:
             continue
-        replicas = least_replicas(pod.owner, objects)
+        replicas = least_replicas(pod.owner, every)
         group = mapping(pod.owner.spec.get("leaderWorkerTemplate"))
         size = int(group.get("size", 1)) if group else 1
         leaders = all(labels_of(p).get(LWS_INDEX) == "0" for p in covered)
@@ -132,7 +135,7 @@ def budget(objects: list[Object]) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def autoscaler(objects: list[Object]) -> Iterator[Finding]:
+def autoscaler(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """One autoscaler a workload, and nothing else that sets its replicas."""
     claimed: dict[tuple[str, str], Object] = {}
     for scaler in objects:
@@ -146,14 +149,16 @@ def autoscaler(objects: list[Object]) -> Iterator[Finding]:
                 "autoscaler", f"{other.kind}/{other.name} scales {'/'.join(target)} too, and they undo each other; keep one"
             )
         claimed[target] = scaler
-        for owner in objects:
+        if any(o.kind == target[0] for o in every) and not any((o.kind, o.name) == target for o in every):
+            yield scaler.finding("autoscaler", f"its target {'/'.join(target)} is not defined; mend scaleTargetRef")
+        for owner in every:
             if (owner.kind, owner.name) == target and "replicas" in owner.spec:
                 yield owner.finding("autoscaler", f"{scaler.name} sets replicas, and so does each apply; leave them out")
 
 
-def references(objects: list[Object]) -> Iterator[Finding]:
+def references(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """Names that must exist beside the pod: volume claims, config maps, priority classes (if any is defined)."""
-    defined = {(o.kind, o.name) for o in objects}
+    defined = {(o.kind, o.name) for o in every}
     kinds = {kind for kind, _ in defined}
     for pod in everywhere(objects):
         used = [("PersistentVolumeClaim", mapping(v.get("persistentVolumeClaim")).get("claimName"))
@@ -166,9 +171,9 @@ def references(objects: list[Object]) -> Iterator[Finding]:
                 yield pod.finding("reference", f"uses the {kind} {name}, which is not defined beside it; add it")
 
 
-def queues(objects: list[Object]) -> Iterator[Finding]:
+def queues(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
     """Kueue: queues that exist, flavours that exist, and no borrowing without a cohort to borrow from."""
-    names = {(o.kind, o.name) for o in objects}
+    names = {(o.kind, o.name) for o in every}
     for owner in objects:
         if owner.kind == "LocalQueue" and ("ClusterQueue", owner.spec.get("clusterQueue")) not in names:
             yield owner.finding("queue", f"its ClusterQueue {owner.spec.get('clusterQueue')} is not defined; add it")

@@ -17,6 +17,8 @@ MODEL_LOAD = PREFIX + "model-load-seconds"
 LONGEST_STREAM = PREFIX + "longest-stream-seconds"
 CHECKPOINT = PREFIX + "checkpoint-seconds"
 GPU = "nvidia.com/gpu"
+# Set by the controllers, before the template's own variables.
+INJECTED = {"LeaderWorkerSet": ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")}
 SHELLS = ("sh", "bash", "/bin/sh", "/bin/bash")
 Rule = Callable[[Pod], Iterator[Finding]]
 
@@ -84,7 +86,7 @@ def variables(pod: Pod) -> Iterator[Finding]:
     """Kubernetes replaces $(VAR), and only where VAR is in env (for env itself: above it). $VAR is a shell's."""
     for container in [*pod.containers, *(pod.spec.get("initContainers") or [])]:
         name = container.get("name")
-        known = {"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"}
+        known = set(INJECTED.get(pod.owner.kind, ()))
         for entry in container.get("env") or []:
             value = str(entry.get("value") or "")
             yield from _literals(pod, f"env {entry.get('name')} of {name}", value, known, container)

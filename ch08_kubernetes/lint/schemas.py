@@ -26,7 +26,7 @@ CORE = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / f"
 DEFINITIONS = "https://kubernetes.io/api/_definitions.json"
 POD_SPEC = {"$ref": f"{DEFINITIONS}#/$defs/io.k8s.api.core.v1.PodSpec"}
 # Read by tools, not sent to an API server: kind's and kustomize's own files.
-OF_TOOLS = {"kind.x-k8s.io", "kustomize.config.k8s.io"}
+OF_TOOLS = {"kind.x-k8s.io", "kustomize.config.k8s.io", "kubescheduler.config.k8s.io"}
 # Helm values of the GPU Operator follow its ClusterPolicy; these keys the chart has besides.
 OF_THE_CHART = {("devicePlugin", "config"): {"create", "data"}, ("mig", ""): set(), ("dcgmExporter", ""): {"service"}}
 SECTIONS = ("driver", "toolkit", "devicePlugin", "dcgmExporter", "dcgm", "gfd", "mig", "migManager", "validator")
