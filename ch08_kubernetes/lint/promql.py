@@ -53,6 +53,10 @@ def queries(owner: Object) -> Iterator[Query]:
             if trigger.get("type") == "prometheus":
                 text = str(mapping(trigger.get("metadata")).get("query", ""))
                 yield Query(owner, f"trigger {index}", text, one_series=True)
+    elif owner.kind == "ConfigMap":  # as kustomize makes them of dashboards
+        for name, text in mapping(owner.data.get("data")).items():
+            if name.endswith(".json"):
+                yield from panels(owner, json.loads(text).get("panels") or [])
     elif "panels" in owner.data:
         yield from panels(owner, owner.data["panels"])
     elif "prometheus-adapter" in owner.path.name:
