@@ -58,11 +58,11 @@ def selector(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
         if owner.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet"):
             for pod in pods(owner):
                 if not matches(mapping(owner.spec.get("selector")), pod.labels):
-                    yield owner.finding("selector", "its selector does not match its template's labels; make them equal")
+                    yield owner.finding("selector", "the selector is not its template's labels; make them equal")
     for pod in everywhere(objects):
         for spread in pod.spec.get("topologySpreadConstraints") or []:
             if not matches(mapping(spread.get("labelSelector")), labels_of(pod)):
-                yield pod.finding("selector", "a topologySpreadConstraint does not count the pod itself; mend its labels")
+                yield pod.finding("selector", "a topologySpreadConstraint leaves out the pod itself; mend it")
 
 
 def service(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
@@ -146,14 +146,15 @@ def autoscaler(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
         if target in claimed:
             other = claimed[target]
             yield scaler.finding(
-                "autoscaler", f"{other.kind}/{other.name} scales {'/'.join(target)} too, and they undo each other; keep one"
+                "autoscaler",
+                f"{other.kind}/{other.name} scales {'/'.join(target)} too; keep one of them",
             )
         claimed[target] = scaler
         if any(o.kind == target[0] for o in every) and not any((o.kind, o.name) == target for o in every):
             yield scaler.finding("autoscaler", f"its target {'/'.join(target)} is not defined; mend scaleTargetRef")
         for owner in every:
             if (owner.kind, owner.name) == target and "replicas" in owner.spec:
-                yield owner.finding("autoscaler", f"{scaler.name} sets replicas, and so does each apply; leave them out")
+                yield owner.finding("autoscaler", f"{scaler.name} sets replicas, as does each apply; leave them out")
 
 
 def references(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
@@ -185,10 +186,10 @@ def queues(objects: list[Object], every: list[Object]) -> Iterator[Finding]:
                     yield owner.finding("queue", f"its ResourceFlavor {flavor.get('name')} is not defined; add it")
                 held = {r.get("name") for r in flavor.get("resources") or []}
                 if held != set(group.get("coveredResources") or []):
-                    yield owner.finding("queue", f"flavor {flavor.get('name')} lacks a covered resource; give each a quota")
+                    yield owner.finding("queue", f"flavor {flavor.get('name')} lacks a resource; give each a quota")
                 limits = [r for r in flavor.get("resources") or [] if "borrowingLimit" in r or "lendingLimit" in r]
                 if limits and not owner.spec.get("cohortName"):
-                    yield owner.finding("queue", "a borrowing or lending limit says nothing without a cohort; set cohortName")
+                    yield owner.finding("queue", "a limit of borrowing means nothing alone; set cohortName")
 
 
 RULES: dict[str, Rule] = {

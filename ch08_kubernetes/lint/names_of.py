@@ -18,7 +18,7 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 
 
 def declared(source: str, prefix: str) -> Iterator[tuple[str, str]]:
-    """(type, name) of the metrics in a module: Gauge(name="vllm:x"), self._counter_cls(name=...), Counter("..."), ..."""
+    """(type, name) of a module's metrics: Gauge(name="vllm:x"), self._counter_cls(name=...), Counter("..."), ..."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue

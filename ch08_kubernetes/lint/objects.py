@@ -217,7 +217,7 @@ def files(paths: list[Path]) -> list[Path]:
         if path.is_file():
             found.append(path)
             continue
-        built = {at.parent for at in path.rglob(KUSTOMIZATION)} | ({path} if (path / KUSTOMIZATION).exists() else set())
+        built = {at.parent for at in path.rglob(KUSTOMIZATION)}
         inside = [
             at
             for pattern in ("*.yaml", "*.yml", "dashboards/*.json")

@@ -62,10 +62,13 @@ def shared_memory(pod: Pod) -> Iterator[Finding]:
         elif size is None:
             yield pod.finding("shm", f"/dev/shm of {name} has no sizeLimit: half of the node's memory; set one")
         elif memory is None:
-            yield pod.finding("shm", f"container {name} has /dev/shm of {size} and no memory limit; set one that holds both")
+            yield pod.finding(
+                "shm", f"container {name} has /dev/shm of {size} and no memory limit; set one that holds both"
+            )
         elif quantity(memory) < 2 * quantity(size):
             yield pod.finding(
-                "shm", f"/dev/shm ({size}) counts in {name}'s memory limit ({memory}); set the limit to twice it or more"
+                "shm",
+                f"/dev/shm ({size}) counts in {name}'s memory limit ({memory}); set the limit to twice it or more",
             )
 
 
@@ -79,7 +82,9 @@ def memory_limit(pod: Pod) -> Iterator[Finding]:
         if "memory" not in limits(container):
             yield pod.finding("memory", f"container {container.get('name')} has a GPU and no memory limit; set one")
         if "cpu" not in limits(container, "requests") and "cpu" not in limits(container):
-            yield pod.finding("memory", f"container {container.get('name')} has a GPU and requests no CPU; request some")
+            yield pod.finding(
+                "memory", f"container {container.get('name')} has a GPU and requests no CPU; request some"
+            )
 
 
 def variables(pod: Pod) -> Iterator[Finding]:
@@ -123,7 +128,7 @@ def start_up(pod: Pod) -> Iterator[Finding]:
         return
     load = number(pod, MODEL_LOAD)
     if load is None:
-        yield pod.finding("start-up", f"how long does the model load? annotate the template with {MODEL_LOAD}")
+        yield pod.finding("start-up", f"how long the model loads is not said; annotate the template with {MODEL_LOAD}")
         return
     for container in (c for c in pod.containers if c.get("ports")):
         probe = mapping(container.get("startupProbe"))
@@ -173,7 +178,9 @@ def grace(pod: Pod) -> Iterator[Finding]:
             )  # fmt: skip
     if pod.serves and uses_gpu(pod):
         if number(pod, LONGEST_STREAM) is None:
-            yield pod.finding("grace", f"how long is the longest answer? annotate the template with {LONGEST_STREAM}")
+            yield pod.finding(
+                "grace", f"how long the longest answer takes is not said; annotate the template with {LONGEST_STREAM}"
+            )
         if delay == 0:
             yield pod.finding(
                 "grace", "requests still come for seconds after SIGTERM, until all proxies know; add a preStop sleep"
@@ -210,7 +217,9 @@ def network(pod: Pod) -> Iterator[Finding]:
     """NCCL's variables against the network that the pod has."""
     for container in pod.containers:
         env = {e.get("name"): str(e.get("value", "")) for e in container.get("env") or []}
-        rdma = [name for name in limits(container) if name.startswith("rdma/") or "/sriov" in name or "infiniband" in name]
+        rdma = [
+            name for name in limits(container) if name.startswith("rdma/") or "/sriov" in name or "infiniband" in name
+        ]
         interface = env.get("NCCL_SOCKET_IFNAME", "")
         if interface.lstrip("=") in ("lo", "docker0"):
             yield pod.finding("network", f"NCCL_SOCKET_IFNAME={interface} reaches no other pod; a pod's is eth0")

@@ -185,12 +185,16 @@ def triggers(owner: Object) -> Iterator[Finding]:
     for index, trigger in enumerate(owner.spec.get("triggers") or []):
         kind = trigger.get("type")
         if kind not in keda():
-            yield owner.finding("keda", f"trigger {index} is a {kind}, which lint/crds/keda-triggers.json lacks; add it")
+            yield owner.finding(
+                "keda", f"trigger {index} is a {kind}, which lint/crds/keda-triggers.json lacks; add it"
+            )
             continue
         given = set(mapping(trigger.get("metadata")))
         # Some may come from the container's environment: passwordFromEnv.
         for name in sorted(n for n in given if n.removesuffix("FromEnv") not in keda()[kind]["names"]):
-            yield owner.finding("keda", f"trigger {index}: {kind} has no {name}; it has {', '.join(keda()[kind]['names'])}")
+            yield owner.finding(
+                "keda", f"trigger {index}: {kind} has no {name}; it has {', '.join(keda()[kind]['names'])}"
+            )
         for name in sorted(set(keda()[kind]["needed"]) - given):
             yield owner.finding("keda", f"trigger {index}: {kind} needs {name}; set it")
 

@@ -104,7 +104,10 @@ def check_values(owner: Object) -> Iterator[Finding]:
         for error in jsonschema.Draft202012Validator(policy[section], registry=registry()).iter_errors(value):
             at = ".".join(str(part) for part in error.absolute_path)
             extra = OF_THE_CHART.get((section, at), set())
-            if error.validator == "additionalProperties" and set(error.instance) - set(error.schema["properties"]) <= extra:
+            if (
+                error.validator == "additionalProperties"
+                and set(error.instance) - set(error.schema["properties"]) <= extra
+            ):
                 continue
             if error.validator == "required":  # the chart has defaults
                 continue

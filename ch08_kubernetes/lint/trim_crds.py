@@ -21,10 +21,22 @@ import yaml
 from common import script
 
 CRDS = Path(__file__).parent / "crds"
-KEPT = (
-    "type enum pattern required minimum maximum minLength maxLength minItems maxItems minProperties maxProperties "
-    "x-kubernetes-preserve-unknown-fields x-kubernetes-validations"
-).split()
+KEPT = [
+    "type",
+    "enum",
+    "pattern",
+    "required",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+    "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-validations",
+]
 POD_SPEC = {"x-pod-spec": True}
 TRIGGERS = ("prometheus", "redis", "redis-streams", "cpu", "memory", "cron")  # of KEDA's some seventy
 
