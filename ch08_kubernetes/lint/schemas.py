@@ -1,8 +1,8 @@
-"""Fields and types: the current Kubernetes version's schemas and the published ones of custom resources, both strict.
+"""Fields and types: the schemas of the current Kubernetes version and of published custom resources, both strict.
 
-Core kinds come from PyPI's kubernetes-validate, which carries the OpenAPI definitions of each Kubernetes version; custom
-resources from crds/ (see trim_crds). The API server itself drops unknown fields; here they are errors, since a field that
-is dropped is a limit that does not hold.
+Core kinds come from PyPI's kubernetes-validate, which carries the OpenAPI definitions of each Kubernetes version;
+custom resources from crds/ (see trim_crds). The API server itself drops unknown fields; here they are errors, since a
+field that is dropped is a limit that does not hold.
 """
 
 from __future__ import annotations

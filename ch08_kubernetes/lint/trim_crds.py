@@ -2,8 +2,8 @@
 
     python -m ch08_kubernetes.lint.trim_crds FOLDER        (FOLDER: the published files and a SOURCES.md beside them)
 
-Descriptions, defaults, status and old versions go. A pod's spec inside becomes a reference: the checker takes the one of
-the current Kubernetes version. What is left lies in crds/, a file a kind, with the commit that it was cut from.
+Descriptions, defaults, status and old versions go. A pod's spec inside becomes a reference: the checker takes the one
+of the current Kubernetes version. What is left lies in crds/, a file a kind, with the commit that it was cut from.
 Source of the format: apiextensions.k8s.io/v1, CustomResourceDefinition, structural schemas.
 """
 

@@ -2,9 +2,9 @@
 
     python -m ch08_kubernetes.training.rank SCRIPT FLAGS            (agent.sh starts it under torchrun)
 
-When one pod is told to stop, the ranks of all pods save at the same step and leave in good order, with exit code 0. An
-Indexed Job would then count every index as done. Here a run that was preempted ends with 1: torchrun in the pods that stay
-starts the ranks again, which meet the replaced pod and go on from the checkpoint.
+When one pod is told to stop, the ranks of all pods save at the same step and leave in good order, with exit code 0.
+An Indexed Job would then count every index as done. Here a run that was preempted ends with 1: torchrun in the pods
+that stay starts the ranks again, which meet the replaced pod and go on from the checkpoint.
 """
 
 from __future__ import annotations
