@@ -15,6 +15,8 @@ from common import script
 pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate: make setup")
 pytest.importorskip("promql_parser", reason="needs promql-parser: make setup")
 
+from ch03_ddp import options as ddp_options
+from ch04_fsdp import options as fsdp_options
 from ch08_kubernetes.lint import __main__ as lint
 from ch08_kubernetes.lint import group_rules, objects, pod_rules, promql, schemas, trim_crds
 from ch08_kubernetes.lint.names_of import declared, samples
@@ -264,6 +266,21 @@ def test_scripts_that_jobs_run_exist() -> None:
     for path in CHAPTER.rglob("*.yaml"):
         for name in re.findall(r"\b(ch\d\d_\w+/[\w/]+\.(?:py|sh))", path.read_text(encoding="utf-8")):
             assert (CHAPTER.parent / name).is_file(), f"{path} runs {name}"
+
+
+@kustomize
+def test_flags_that_jobs_pass_are_those_of_their_scripts() -> None:
+    parsers = {"ch03_ddp/train_ddp.py": ddp_options.parse, "ch04_fsdp/train_fsdp.py": fsdp_options.parse}
+    lines = set()
+    for owner in lint.check([CHAPTER])[0]:
+        commands = [c.get("args") or [] for pod in objects.pods(owner) for c in pod.containers]
+        commands.append(owner.spec.get("entrypoint", "").partition("--gpus 1 ")[2].split())
+        commands.append((owner.spec.get("trainer") or {}).get("args") or [])
+        lines |= {tuple(map(str, command)) for command in commands if command and command[0] in parsers}
+    assert len(lines) >= 8
+    for name, *flags in lines:
+        args = parsers[name]("", flags)
+        assert args.out is None or args.save_every, f"{name} {' '.join(flags)} keeps nothing of a crash"
 
 
 @pytest.mark.parametrize(
