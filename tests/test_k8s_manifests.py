@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common import script
+from common import process, script
 
 pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate: make setup")
 pytest.importorskip("promql_parser", reason="needs promql-parser: make setup")
@@ -327,12 +330,17 @@ def a_script(folder: Path, monkeypatch: pytest.MonkeyPatch, result: str) -> str:
     return "a_script_of_a_test.py"
 
 
-def test_a_rank_that_was_told_to_stop_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_left_with_another_pod_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With exit code 0 an Indexed Job would count its index as done."""
     name = a_script(tmp_path, monkeypatch, "{'preempted': True}")
     with pytest.raises(script.CheckFailed, match="told to stop") as caught:
         rank.main([name, "--steps", "3"])
     assert caught.value.result == {"flags": ["--steps", "3"], "preempted": True}
+    monkeypatch.setenv("TOLD_TO_LEAVE", str(tmp_path / "told"))  # this pod, and not yet
+    with pytest.raises(script.CheckFailed):
+        rank.main([name])
+    (tmp_path / "told").touch()
+    assert rank.main([name])["preempted"]  # agent.sh ends with 143 in its stead
 
 
 def test_a_rank_that_is_done_has_its_scripts_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,3 +352,61 @@ def test_a_rank_that_is_done_has_its_scripts_result(tmp_path: Path, monkeypatch:
 def test_a_rank_without_its_script(name: str) -> None:
     with pytest.raises(script.UserError, match="there is no script"):
         rank.main([name])
+
+
+# What agent.sh needs of torchrun: the command behind --no-python as a child, and again when it has failed.
+TORCHRUN = """#!/usr/bin/env bash
+while [ "$1" != --no-python ]; do shift; done
+shift
+trap '' INT
+for attempt in 0 1; do
+    echo "attempt $attempt"
+    "$@" && exit 0
+done
+exit 1
+"""
+SCRIPT = """
+import signal, threading
+told = threading.Event()
+def main(flags):
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    print("training", flush=True)
+    if flags == ["--wait"] and not told.wait(60):
+        raise SystemExit(7)
+    print("saved", flush=True)
+    return {"preempted": told.is_set()}
+"""
+
+
+def agent(folder: Path, flags: str, on_line: Callable[[str], None] | None = None) -> process.Child:
+    """agent.sh as a pod's first process, with a stand-in for torchrun."""
+    (folder / "torchrun").write_text(TORCHRUN, encoding="utf-8")
+    (folder / "torchrun").chmod(0o755)
+    (folder / "a_script.py").write_text(SCRIPT, encoding="utf-8")
+    path = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {"NNODES": "1", "RDZV_ENDPOINT": "localhost:1", "PATH": path, "PYTHONPATH": f"{CHAPTER.parent}:{folder}"}
+    command = ["bash", str(CHAPTER / "training/agent.sh"), "a_script.py", *flags.split()]
+    return process.Child(command, env=env, cwd=folder, on_line=on_line)
+
+
+def test_a_pod_that_is_told_to_leave_saves_and_does_not_count_as_done(tmp_path: Path) -> None:
+    training = threading.Event()
+    with agent(tmp_path, "--wait", lambda line: training.set() if "training" in line else None) as child:
+        assert training.wait(60), child.err
+        child.process.terminate()  # as the kubelet does: the first process alone
+        assert child.process.wait(60) == 143
+    said = "".join(child.out)
+    assert said.count("training") == said.count("saved") == 1, said  # saved, and not started again
+
+
+def test_a_pod_whose_script_is_done_ends_with_0(tmp_path: Path) -> None:
+    with agent(tmp_path, "") as child:
+        assert child.process.wait(60) == 0, child.err
+    assert "saved\n" in child.out
+
+
+def test_an_agent_without_its_rendezvous_says_so(tmp_path: Path) -> None:
+    command = ["env", "-u", "RDZV_ENDPOINT", "NNODES=1", "bash", str(CHAPTER / "training/agent.sh"), "x.py"]
+    with process.Child(command) as child:
+        assert child.process.wait(60) != 0
+    assert "where do they meet" in "".join(child.err)

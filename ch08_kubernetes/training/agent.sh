@@ -8,15 +8,19 @@
 # Stop     kubectl delete pod: SIGTERM, a checkpoint at the end of the step, exit code 143
 #
 # Kubernetes signals this shell alone, which tells the ranks. torchrun must not hear of it: on SIGTERM it would give the
-# ranks 30 s, however long a checkpoint takes. When they have saved and left, torchrun ends too, or it would start them
-# again here; the other pods' torchrun does just that, and waits for the pod that replaces this one. Exit code 143: a pod
-# that leaves because it was told to must not end with 0, or an Indexed Job would count its index as done.
+# ranks 30 s, however long a checkpoint takes. In this pod the ranks then end with 0, and torchrun does not start them
+# again; in the others they end with 1 (rank.py), and torchrun does, and waits for the pod that replaces this one. Exit
+# code 143: a pod that was told to leave must not end with 0, or an Indexed Job would count its index as done.
 set -euo pipefail
 
 : "${NNODES:?how many pods are there? set it}" "${RDZV_ENDPOINT:?where do they meet, HOST:PORT? set it}"
 : "${1:?which script? name it behind agent.sh}"
 
+TOLD_TO_LEAVE=$(mktemp --dry-run)
+export TOLD_TO_LEAVE # is there once this pod was told to
+
 leave() {
+    : >"$TOLD_TO_LEAVE"
     ranks=$(pgrep --parent "$agent" || true)
     for rank in $ranks; do kill -TERM "$rank" 2>/dev/null || true; done
     for rank in $ranks; do tail --pid="$rank" -f /dev/null; done # the kubelet's grace period is the time-out
