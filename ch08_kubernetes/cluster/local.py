@@ -29,6 +29,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from ch08_kubernetes.cluster import build
+from ch08_kubernetes.cluster.rest import call
 from common import process
 from common.ranks import free_port
 from common.script import UserError
@@ -180,14 +181,13 @@ class LocalCluster:
         """Each server's flags, in the order in which they start. Paths are relative: each starts in the folder."""
         reach = {"kubeconfig": self.kubeconfig.name, "leader-elect": "false", "port": 0, "secure-port": 0}
         reach |= {"kube-api-qps": 200, "kube-api-burst": 400, "feature-gates": GATES}
-        etcd = "unix://etcd.sock"
+        etcd = "unix://etcd:0"  # the socket `etcd:0` in the folder
         return {
             "etcd": {
-                "data-dir": "etcd",
+                "data-dir": "data",
                 "listen-client-urls": etcd,
                 "advertise-client-urls": etcd,
-                "listen-peer-urls": "unix://peer.sock",
-                "unsafe-no-fsync": "true",  # it does not outlive the block
+                "listen-peer-urls": "unix://peer:0",
                 "logger": "zap",
             },
             "kube-apiserver": {
@@ -234,21 +234,19 @@ class LocalCluster:
             time.sleep(0.05)
 
     def _ready(self) -> bool:
-        return self._answer("/readyz") is not None
+        return self._answers("/readyz")
 
     def _has_accounts(self) -> bool:
-        return self._answer("/api/v1/namespaces/default/serviceaccounts/default") is not None
+        return self._answers("/api/v1/namespaces/default/serviceaccounts/default")
 
-    def _answer(self, path: str) -> Any:
-        """None where there is none yet."""
+    def _answers(self, path: str) -> bool:
         with self.client() as api:
             api.configuration.retries = 0
             try:
-                return api.call_api(
-                    path, "GET", auth_settings=["BearerToken"], response_type="str", _request_timeout=10
-                )
+                call(api, "GET", path)
             except (ApiException, HTTPError):
-                return None
+                return False
+        return True
 
 
 class Server(process.Child):

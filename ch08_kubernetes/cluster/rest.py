@@ -16,6 +16,7 @@ Json = dict[str, Any]
 MERGE = "application/merge-patch+json"  # RFC 7396; lists are replaced
 STRATEGIC = "application/strategic-merge-patch+json"  # lists with keys are merged; not for custom resources
 TIMEOUT_S = 30
+AS_JSON = {200: "object", 201: "object", 202: "object"}
 
 
 def call(
@@ -39,7 +40,7 @@ def call(
         query_params=list((query or {}).items()),
         header_params={"Accept": "application/json", "Content-Type": kind},
         body=body,
-        response_type="object",
+        response_types_map=AS_JSON,
         auth_settings=["BearerToken"],
         _return_http_data_only=True,
         _request_timeout=TIMEOUT_S,
