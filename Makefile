@@ -7,7 +7,7 @@ CHAPTERS := $(notdir $(patsubst %/exercises.toml,%,$(wildcard ch*/exercises.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm setup-sglang setup-genai-bench setup-routers system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
+.PHONY: help setup setup-vllm setup-sglang setup-genai-bench setup-routers setup-kube system-deps tour test smoke smoke-gpu lint format types constraints clean $(foreach c,$(CHAPTERS),$(firstword $(subst _, ,$(c))))
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ setup-routers: setup  ## make an environment with the routers that chapter 7 mea
 
 setup-genai-bench: setup  ## make genai-bench's own environment there (0.8 GB)
 	@$(PYTHON) common/bootstrap.py genai-bench
+
+setup-kube: setup  ## build the control plane of chapter 8's local Kubernetes cluster there (Debian; about 5 minutes)
+	@$(BIN)/python -m ch08_kubernetes.cluster.build
 
 system-deps:  ## install the optional system packages (Debian or Ubuntu, root); without them some things are skipped
 	@common/system-deps.sh

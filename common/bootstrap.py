@@ -29,6 +29,7 @@ ENGINES = {
     "vllm": "ch06_vllm", "sglang": "ch07_sglang_routing",
     "routers": "ch07_sglang_routing/peers", "genai-bench": "ch07_sglang_routing/genai",
 }  # fmt: skip
+KUBE_RECIPE = "ch08_kubernetes/cluster/build.sh"  # of the control plane that `make setup-kube` builds
 NEWEST_PYTHON = {"genai-bench": (3, 12)}  # that its packages take
 
 
@@ -116,6 +117,12 @@ def engine_environment(engine: str) -> Path:
         digest.update(path.name.encode() + path.read_bytes())
     build = "cuda" if gpus_visible() else "cpu"
     return cache_dir() / "envs" / f"{engine}-{build}-{digest.hexdigest()[:16]}"
+
+
+def control_plane() -> Path:
+    """Where the programs of chapter 8's Kubernetes control plane lie, in bin/; they are built when that is there."""
+    made_by = (ROOT / KUBE_RECIPE).read_bytes() + platform.machine().encode()
+    return cache_dir() / "kube" / hashlib.sha256(made_by).hexdigest()[:16]
 
 
 def set_up_engine(engine: str) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from common import process
-from common.bootstrap import ENGINES, engine_environment
+from common.bootstrap import ENGINES, control_plane, engine_environment
 from common.script import UserError, atomic_write, gpu_names, usable_cores
 
 ROOT = process.ROOT
@@ -213,7 +213,7 @@ def gpu_count() -> int:
 
 
 PROGRAMS = {
-    "redis": "redis-server", "prometheus": "prometheus", "kube": "kubectl", "docker": "docker", "nginx": "nginx",
+    "redis": "redis-server", "prometheus": "prometheus", "docker": "docker", "nginx": "nginx",
     "nsys": "nsys",
 }  # fmt: skip
 SLURM = ("munged", "slurmctld", "slurmd", "srun")  # for a cluster of one's own on this machine
@@ -247,8 +247,10 @@ def missing_for(need: str) -> str:
     if need in ENGINES:
         made = (engine_environment(need) / ".installed").exists()
         return "" if made else f"the {need} environment (make setup-{need})"
+    if need == "kube":
+        return "" if (control_plane() / "bin").is_dir() else "a Kubernetes control plane (make setup-kube)"
     known = [
-        "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", *PROGRAMS,
+        "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", "kube", *PROGRAMS,
         *ENGINES,
     ]  # fmt: skip
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")

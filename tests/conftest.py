@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from ch06_vllm.servers import Server
+    from ch08_kubernetes.cluster.local import LocalCluster
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="book-tests-"))
 # Before anything imports the libraries that read them once. Child processes inherit them.
@@ -138,3 +139,17 @@ def sglang_server(served_model: Path) -> Iterator[Server]:
         pytest.skip(f"needs {lacking}")
     with Server(served_model, "sglang", {"constrained-json-disable-any-whitespace": True}) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A Kubernetes control plane without nodes. Tests share it: each has a namespace and fake nodes of its own."""
+    from ch08_kubernetes.cluster.local import LocalCluster
+    from common.exercises import missing_for
+
+    if lacking := missing_for("kube"):
+        pytest.skip(f"needs {lacking}")
+    # Nodes stay ready without a FakeKubelet; and it may be late, where the machine is busy.
+    patient = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), controller_manager_options=patient) as made:
+        yield made

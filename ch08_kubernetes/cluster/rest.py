@@ -1,0 +1,129 @@
+"""The API server spoken to in plain JSON: what the tools here send and get are the objects as YAML shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kubernetes.client import ApiClient
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError, MaxRetryError
+
+from common.script import UserError
+
+Json = dict[str, Any]
+MERGE = "application/merge-patch+json"  # RFC 7396; lists are replaced
+STRATEGIC = "application/strategic-merge-patch+json"  # lists with keys are merged; not for custom resources
+TIMEOUT_S = 30
+AS_JSON = {200: "object", 201: "object", 202: "object"}
+
+
+def call(
+    api: ApiClient,
+    method: str,
+    path: str,
+    body: Json | None = None,
+    *,
+    query: Mapping[str, Any] | None = None,
+    patch: str = MERGE,
+) -> Json:
+    """One request; the answer's JSON.
+
+    Raises:
+        ApiException: the server refuses; its `status` is the HTTP code, `reason_of` its words.
+    """
+    kind = patch if method == "PATCH" else "application/json"
+    return api.call_api(  # type: ignore[no-any-return]
+        path,
+        method,
+        query_params=list((query or {}).items()),
+        header_params={"Accept": "application/json", "Content-Type": kind},
+        body=body,
+        response_types_map=AS_JSON,
+        auth_settings=["BearerToken"],
+        _return_http_data_only=True,
+        _request_timeout=TIMEOUT_S,
+    )
+
+
+def get(api: ApiClient, path: str, **query: Any) -> Json:
+    return call(api, "GET", path, query=query)
+
+
+def find(api: ApiClient, path: str) -> Json | None:
+    """The object there; None if there is none."""
+    try:
+        return get(api, path)
+    except ApiException as error:
+        if error.status == 404:
+            return None
+        raise
+
+
+class Watch:
+    """(ADDED | MODIFIED | DELETED | BOOKMARK | ERROR, object) as they come, until timeout_s or `stop` by a thread."""
+
+    def __init__(self, api: ApiClient, path: str, version: str, timeout_s: int, **query: Any) -> None:
+        query |= {
+            "watch": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": timeout_s,
+            "allowWatchBookmarks": "true",
+        }
+        self._answer = api.call_api(
+            path,
+            "GET",
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json"},
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _return_http_data_only=True,
+            _request_timeout=(TIMEOUT_S, timeout_s + TIMEOUT_S),
+        )
+
+    def __iter__(self) -> Iterator[tuple[str, Json]]:
+        buffer = b""
+        try:
+            for chunk in self._answer.stream(None, decode_content=False):
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for line in lines:
+                    event = json.loads(line)
+                    yield event["type"], event["object"]
+        finally:
+            self._answer.close()
+
+    def stop(self) -> None:
+        self._answer.shutdown()
+
+
+def reason_of(error: ApiException) -> str:
+    """The server's own words, on one line."""
+    try:
+        said = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        said = error.reason or "no reason given"
+    return " ".join(str(said).split())
+
+
+def as_user_error(error: Exception, url: str) -> UserError:
+    """What went wrong when a server was asked, and what to do about it.
+
+    Args:
+        error: an ApiException, or what urllib3 raises where no server answers.
+        url: the server's.
+    """
+    if isinstance(error, ApiException):
+        if error.status == 401:
+            return UserError(f"{url} does not accept the credentials (expired, or of another cluster); log in anew")
+        if error.status == 403:
+            return UserError(
+                f"{reason_of(error)}; ask for the right (kubectl auth can-i --list), or name another namespace"
+            )
+        if error.status:
+            return UserError(f"{url} refuses: {reason_of(error)}; correct what it names")
+    cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
+    what = "its certificate cannot be verified" if "CERTIFICATE_VERIFY" in str(cause) else "it cannot be reached"
+    if not isinstance(error, ApiException | HTTPError | OSError):
+        raise error
+    return UserError(f"no cluster answers at {url}: {what}; see whether it runs, and which --context is meant")
