@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -153,3 +154,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     patient = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
     with LocalCluster(tmp_path_factory.mktemp("cluster"), controller_manager_options=patient) as made:
         yield made
+
+
+@pytest.fixture
+def namespace(cluster: LocalCluster) -> Iterator[str]:
+    """A namespace of the cluster for this test alone, in which pods can be made."""
+    from ch08_kubernetes.cluster.apply import apply, delete
+
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"test-{uuid.uuid4().hex[:8]}"}}
+    apply(cluster.client(), body)
+    yield body["metadata"]["name"]
+    delete(cluster.client(), body)

@@ -20,7 +20,7 @@ from kubernetes.client.exceptions import ApiException
 
 from ch08_kubernetes.cluster import convert
 from ch08_kubernetes.cluster.discovery import Resource, Server, group_of, of
-from ch08_kubernetes.cluster.rest import Json, call, find, get, reason_of
+from ch08_kubernetes.cluster.rest import Json, call, find, reason_of
 from ch08_kubernetes.lint.objects import files, read, rendered
 from common.script import UserError
 
@@ -151,8 +151,7 @@ def _put(server: Server, body: Json, namespace: str, dry_run: bool, timeout_s: f
     if lost := list(convert.dropped(sent, came)):
         report.dropped[title] = lost
     if kind == "CustomResourceDefinition":
-        server.forget()
-        _until(lambda: _is_established(server, path), f"{title} is not established", timeout_s)
+        _until(lambda: _is_served(server, sent), f"{title} is not served", timeout_s)
     if kind == "Namespace" and not dry_run:
         _until(lambda: _has_account(server, name), f"{title} has no service account for its pods", timeout_s)
 
@@ -171,9 +170,12 @@ def _taught(server: Server, version: str, kind: str, timeout_s: float, report: R
     raise UserError(f"the server ({server.version}) has no {kind} in {version}; {other}")
 
 
-def _is_established(server: Server, path: str) -> bool:
-    conditions = get(server.api, path).get("status", {}).get("conditions", [])
-    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+def _is_served(server: Server, definition: Json) -> bool:
+    """Whether the server's discovery has the kind, in all its versions."""
+    server.forget()
+    spec = definition["spec"]
+    versions = [f"{spec['group']}/{v['name']}" for v in spec["versions"] if v.get("served", True)]
+    return all(server.resource(version, spec["names"]["kind"]) for version in versions)
 
 
 def _has_account(server: Server, namespace: str) -> bool:

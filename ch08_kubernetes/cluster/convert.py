@@ -19,8 +19,8 @@ SAME_FIELDS = {
     ("policy", "PodDisruptionBudget"): ["v1", "v1beta1"],
     ("batch", "CronJob"): ["v1", "v1beta1"],
     ("discovery.k8s.io", "EndpointSlice"): ["v1", "v1beta1"],
-    ("kubescheduler.config.k8s.io", "KubeSchedulerConfiguration"): ["v1", "v1beta1"],
 }
+BUILT_IN = ("", "apps", "batch")  # groups with pods in their objects
 WRITE_ONLY = {"stringData"}  # of a Secret: it comes back as data
 PRESERVE = "x-kubernetes-preserve-unknown-fields"
 RULES = "x-kubernetes-validations"
@@ -42,8 +42,9 @@ def converted(body: Json, server: Server) -> tuple[Json, list[str]]:
                 break
     if kind == "CustomResourceDefinition" and server.minor < 25:  # CEL rules are on from there
         notes += downgrade(body)
-    for path, pod in pods(body, ()):
-        notes += _older_pod(pod, server.minor, ".".join(path))
+    if group_of(version) in BUILT_IN:  # a custom resource keeps the pods in it as they are
+        for path, pod in pods(body, ()):
+            notes += _older_pod(pod, server.minor, ".".join(path))
     return body, notes
 
 

@@ -143,6 +143,14 @@ class LocalCluster:
         own = [f"--kubeconfig={self.kubeconfig_of(user)}", f"--cache-dir={self.folder / 'kubectl'}"]
         return process.run([program, *words, *own], timeout_s=timeout_s)
 
+    def dead(self) -> str:
+        """What one of the servers said at its end; "" while all run."""
+        for name, child in self._children.items():
+            if child.process.poll() is not None:
+                child.wait(0)  # its last words
+                return f"{name} has ended: {why(child.err)}"
+        return ""
+
     def log_of(self, server: str) -> str:
         """What one of the servers has printed so far."""
         return "".join(self._children[server].err)
@@ -225,10 +233,8 @@ class LocalCluster:
 
     def _wait(self, deadline: float, there: Callable[[], bool], what: str) -> None:
         while not there():
-            for name, child in self._children.items():
-                if child.process.poll() is not None:
-                    child.wait(0)  # its last words
-                    raise UserError(f"{name} did not start: {why(child.err)}; see whether its options are right")
+            if dead := self.dead():
+                raise UserError(f"{dead}; see whether its options are right")
             if time.monotonic() > deadline:
                 raise UserError(f"{what} after {self.timeout_s:g} s; see whether the machine is busy, or wait longer")
             time.sleep(0.05)
@@ -256,10 +262,10 @@ class Server(process.Child):
         self.stop(grace_s=0)
 
 
-def client_of(kubeconfig: Path, context: str | None = None) -> client.ApiClient:
+def client_of(kubeconfig: Path) -> client.ApiClient:
     """A client for a server on this machine: past any proxy that the environment names."""
     settings = client.Configuration()
-    config.load_kube_config(str(kubeconfig), context=context, client_configuration=settings)
+    config.load_kube_config(str(kubeconfig), client_configuration=settings)
     settings.proxy = None
     return client.ApiClient(settings)
 

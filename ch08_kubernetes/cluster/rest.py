@@ -106,24 +106,17 @@ def reason_of(error: ApiException) -> str:
     return " ".join(str(said).split())
 
 
-def as_user_error(error: Exception, url: str) -> UserError:
-    """What went wrong when a server was asked, and what to do about it.
-
-    Args:
-        error: an ApiException, or what urllib3 raises where no server answers.
-        url: the server's.
-    """
-    if isinstance(error, ApiException):
-        if error.status == 401:
-            return UserError(f"{url} does not accept the credentials (expired, or of another cluster); log in anew")
+def as_user_error(error: ApiException | HTTPError, url: str) -> UserError:
+    """What went wrong when the server at `url` was asked, and what to do about it."""
+    if isinstance(error, ApiException) and error.status:
+        said = reason_of(error)
+        if error.status == 401 or "system:anonymous" in said:
+            return UserError(f"{url} does not accept the credentials (expired, or another cluster's); log in anew")
         if error.status == 403:
-            return UserError(
-                f"{reason_of(error)}; ask for the right (kubectl auth can-i --list), or name another namespace"
-            )
-        if error.status:
-            return UserError(f"{url} refuses: {reason_of(error)}; correct what it names")
-    cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
-    what = "its certificate cannot be verified" if "CERTIFICATE_VERIFY" in str(cause) else "it cannot be reached"
-    if not isinstance(error, ApiException | HTTPError | OSError):
-        raise error
-    return UserError(f"no cluster answers at {url}: {what}; see whether it runs, and which --context is meant")
+            return UserError(f"{url} forbids it: {said}; ask for that right, or name a namespace that is yours")
+        return UserError(f"{url} refuses ({error.status}): {said}; correct what it names")
+    text = str(error.reason if isinstance(error, MaxRetryError | ApiException) and error.reason else error)
+    if "CERTIFICATE_VERIFY" in text or "certificate verify" in text:
+        return UserError(f"{url} shows a certificate that the kubeconfig does not trust; is it of another cluster?")
+    why = "connection refused" if "refused" in text else "no such host" if "resolve" in text else "no answer"
+    return UserError(f"no cluster answers at {url} ({why}); see whether it runs, and which --context is meant")
