@@ -50,7 +50,7 @@ inputs=$(grep -rl --include='*.go' --exclude='*_test.go' --exclude='zz_generated
     --output-file-base zz_generated.openapi --output-base "$GOPATH/src" --report-filename "$here/violations" \
     --go-header-file vendor/k8s.io/code-generator/hack/boilerplate.go.txt
 
-package=k8s.io/component-base/version
+package=k8s.io/kubernetes/vendor/k8s.io/component-base/version # as a vendored package is called
 flags="-s -w -X $package.gitVersion=v1.20.2 -X $package.gitMajor=1 -X $package.gitMinor=20"
 for program in kube-apiserver kube-controller-manager kube-scheduler; do
     say "compile $program"
