@@ -1,4 +1,4 @@
-"""What a custom resource's fields need of each other: the CEL rules in its published schema, as a server evaluates them.
+"""What a custom resource's fields need of each other: the CEL rules in its published schema, evaluated.
 
 A rule stands at a part of the schema (`x-kubernetes-validations`) and sees the value there as `self`, with the schema's
 defaults filled in. Rules with `oldSelf` compare with what is stored: they hold for what is new. Source: Kubernetes
@@ -48,12 +48,12 @@ def _broken(schema: Schema, value: Any, at: str) -> Iterator[str]:
     for one in schema.get("x-kubernetes-validations", []):
         if "oldSelf" in one["rule"]:
             continue
+        message = one.get("message") or f"{one['rule']} does not hold"
         try:
             holds = cel.evaluate(one["rule"], {"self": value})
-        except Exception as error:  # the language's errors are of many types; a server refuses then, too
-            holds, one = False, {"message": f"{one['rule']} cannot be evaluated ({str(error)[:100]})"}
+        except Exception as error:  # of many types; a server refuses then, too
+            holds, message = False, f"{one['rule']} cannot be evaluated ({str(error)[:100]})"
         if holds is not True:
-            message = one.get("message", f"{one['rule']} does not hold")
             yield f"{at.lstrip('.') or 'the object'}: {message}; correct it"
     for inner, name, below in _inside(schema, value):
         yield from _broken(inner, below, at + name)
