@@ -152,7 +152,9 @@ def start(file: str, args: argparse.Namespace) -> Run:
     """Set up logging and open the run folder of the script `file` (its __file__)."""
     logs.setup(all_ranks=args.all_ranks)
     script = Path(file).resolve()
-    folder = args.run_dir or script.parents[1] / "runs" / script.parent.name / script.stem / _timestamp()
+    root = Path(__file__).resolve().parents[1]
+    root = root if script.is_relative_to(root) else script.parents[1]
+    folder = args.run_dir or root / "runs" / script.relative_to(root).with_suffix("") / _timestamp()
     return Run(folder)
 
 

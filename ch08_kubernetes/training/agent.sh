@@ -29,6 +29,10 @@ leave() {
 }
 trap leave TERM
 
+# Pod 0 keeps the rendezvous. torchrun would find that out by name, and a pod's DNS entry may come after the pod.
+keeps=$([ "${JOB_COMPLETION_INDEX:-0}" = 0 ] && echo true || echo false)
+# With a store that the agents share, torchrun tells its address in the first round alone: a pod that comes later waits.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || gpus=1
 (
     trap '' TERM
@@ -39,6 +43,7 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || gpus=1
         --rdzv-backend=c10d \
         --rdzv-endpoint="$RDZV_ENDPOINT" \
         --rdzv-id="${RDZV_ID:-book}" \
+        ${JOB_COMPLETION_INDEX:+--rdzv-conf=is_host=$keeps} \
         --local-addr="${POD_IP:-127.0.0.1}" \
         --max-restarts="${MAX_RESTARTS:-0}" \
         --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
