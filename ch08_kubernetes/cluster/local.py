@@ -40,6 +40,8 @@ ADMIN, READER = "admin", "reader"
 ADVERTISED = "192.0.2.1"  # of RFC 5737: for documentation, nobody's
 # Alpha in v1.20, and on in every cluster today.
 GATES = "TTLAfterFinished=true,GenericEphemeralVolume=true,HPAContainerMetrics=true"
+# For nodes without a kubelet: the controller manager does not take them for dead. (40 s is usual.)
+PATIENT = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
 SAID = re.compile(r"^[EF]\d{4} .*?\] (.*)|^Error: (.*)|^error: (.*)")  # klog's errors, cobra's
 
 
