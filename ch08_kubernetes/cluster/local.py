@@ -225,8 +225,7 @@ class LocalCluster:
         return self._answers("/api/v1/namespaces/default/serviceaccounts/default")
 
     def _answers(self, path: str) -> bool:
-        with self.client() as api:
-            api.configuration.retries = 0
+        with client_of(self.kubeconfig, retries=False) as api:
             try:
                 call(api, "GET", path)
             except (ApiException, HTTPError):
@@ -241,9 +240,10 @@ class Server(process.Child):
         self.stop(grace_s=0)
 
 
-def client_of(kubeconfig: Path) -> client.ApiClient:
+def client_of(kubeconfig: Path, retries: bool | None = None) -> client.ApiClient:
     """A client for a server on this machine: past any proxy that the environment names."""
     settings = client.Configuration()
+    settings.retries = retries
     config.load_kube_config(str(kubeconfig), client_configuration=settings)
     settings.proxy = None
     return client.ApiClient(settings)
