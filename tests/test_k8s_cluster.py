@@ -705,6 +705,16 @@ def test_what_a_dead_up_left_is_found_and_cleared_away(nowhere, capsys):
     assert not nowhere.exists()
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(nowhere, capsys):
+    nowhere.mkdir()
+    (nowhere / "mine").write_text("kept")
+    assert "no cluster wrote it" in told("up", "--local", "--folder", str(nowhere))
+    command.main(["down", "--folder", str(nowhere)])
+    assert capsys.readouterr().out == "no cluster of this checkout is up\n"
+    assert (nowhere / "mine").read_text() == "kept"
+    assert "cannot write to" in told("up", "--local", "--folder", str(nowhere / "mine" / "new"))
+
+
 FAKE_KIND = """#!{python}
 import pathlib, shutil, sys
 log = pathlib.Path({log!r})

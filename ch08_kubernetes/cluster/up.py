@@ -45,19 +45,21 @@ def claimed(folder: Path, mine: State) -> Iterator[None]:
     Raises:
         UserError: another `up` of this checkout has it. What a dead one left is cleared away.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); name another --folder") from None
-    if (there := state(folder)) and there.alive():
-        raise UserError(
-            f"a cluster of this checkout is up already (pid {there.pid}); use it: eval "
-            '"$(python -m ch08_kubernetes.cluster env)", or end it: python -m ch08_kubernetes.cluster down'
-        )
-    if folder.exists():
+    if there := state(folder):
+        if there.alive():
+            raise UserError(
+                f"a cluster of this checkout is up already (pid {there.pid}); use it: eval "
+                '"$(python -m ch08_kubernetes.cluster env)", or end it: python -m ch08_kubernetes.cluster down'
+            )
         print("clearing away what a cluster left that was killed", flush=True)
         remove(folder)
-    beside = Path(tempfile.mkdtemp(prefix=".cluster-", dir=folder.parent))
+    elif folder.exists():
+        raise UserError(f"{folder} is there, and no cluster wrote it; remove it, or name another --folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".cluster-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); name another --folder") from None
     write(beside, mine)
     try:
         beside.rename(folder)
@@ -129,9 +131,9 @@ def down(folder: Path, timeout_s: float = 60) -> str:
         UserError: it does not end in time.
     """
     there = state(folder)
-    if there is None and not folder.exists():
+    if there is None:
         return "no cluster of this checkout is up"
-    if there is None or not there.alive():
+    if not there.alive():
         remove(folder)
         return "the cluster was dead; cleared away what it left"
     os.kill(there.pid, signal.SIGTERM)
