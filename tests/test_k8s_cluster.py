@@ -227,6 +227,24 @@ def test_a_job_completes(api, namespace, node, kubelet):
     assert get(api, path)["status"]["succeeded"] == 3
 
 
+def test_logs_are_what_the_annotation_says(cluster, api, namespace, pods, node, kubelet):
+    body = pod(namespace, on=node.name)
+    body["metadata"]["annotations"] = {fates.LOGS: "step 1\nstep 2\nCUDA out of memory\n"}
+    apply(api, body)
+    until(pods.ready, "pod ready")
+    assert cluster.kubectl("logs", "pod", "-n", namespace, "--tail=2").stdout == "step 2\nCUDA out of memory\n"
+    assert get_text(api, f"{pods.path}/pod/log") == "step 1\nstep 2\nCUDA out of memory\n"
+    refused = cluster.kubectl("logs", "pod", "-n", namespace, user="reader")
+    assert "forbidden" in refused.stderr
+
+
+def get_text(api: ApiClient, path: str) -> str:
+    answer = api.call_api(
+        path, "GET", auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True
+    )
+    return answer.data.decode()
+
+
 def test_a_second_kubelet_takes_over_what_runs(api, namespace, pods, node):
     with FakeKubelet(api, [node.name]):
         apply(api, pod(namespace, on=node.name))
@@ -285,8 +303,7 @@ def test_a_dead_kubelet_makes_its_node_unreachable_beside_another_cluster(cluste
             kubelet.silence("dies")
             seen = until(lambda: unknown(get(api, "/api/v1/nodes/dies")), "its node is Unknown")
             assert condition(seen, "Ready")["reason"] == "NodeStatusUnknown"
-            lives = get(api, "/api/v1/nodes/lives")
-            assert condition(lives, "Ready")["status"] == "True"
+            until(lambda: taints(api, "lives") == {"nvidia.com/gpu"}, "the other is not")
             kubelet.revive("dies")
             until(lambda: taints(api, "dies") == {"nvidia.com/gpu"}, "back without the taint")
             kubelet.fail("dies", "container runtime is down")
@@ -688,6 +705,16 @@ def test_what_a_dead_up_left_is_found_and_cleared_away(nowhere, capsys):
     assert not nowhere.exists()
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(nowhere, capsys):
+    nowhere.mkdir()
+    (nowhere / "mine").write_text("kept")
+    assert "no cluster wrote it" in told("up", "--local", "--folder", str(nowhere))
+    command.main(["down", "--folder", str(nowhere)])
+    assert capsys.readouterr().out == "no cluster of this checkout is up\n"
+    assert (nowhere / "mine").read_text() == "kept"
+    assert "cannot write to" in told("up", "--local", "--folder", str(nowhere / "mine" / "new"))
+
+
 FAKE_KIND = """#!{python}
 import pathlib, shutil, sys
 log = pathlib.Path({log!r})
@@ -743,8 +770,7 @@ def recipe(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_two_builders_make_it_once_and_leave_only_what_is_built(recipe, tmp_path):
     target_folder = recipe(f"mkdir bin; sleep 0.3; echo built >> {tmp_path}/count; touch bin/etcd")
     stale = target_folder.with_name(f".{target_folder.name}.partial")
-    (stale / "deep").mkdir(parents=True)
-    (stale / "deep").chmod(0o500)  # of a build that was killed
+    (stale / "deep").mkdir(parents=True)  # of a build whose machine went down
     threads = [threading.Thread(target=build.main) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -755,6 +781,26 @@ def test_two_builders_make_it_once_and_leave_only_what_is_built(recipe, tmp_path
     assert sorted(p.name for p in target_folder.parent.iterdir()) == sorted(
         [target_folder.name, f".{target_folder.name}.lock"]
     )
+
+
+KILLED_BUILD = """
+from pathlib import Path
+from ch08_kubernetes.cluster import build
+build.RECIPE, build.debian_mirror = Path({recipe!r}), lambda: "http://127.0.0.1:1/debian"
+build.main()
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing(recipe, tmp_path):
+    target_folder = recipe("touch begun; exec sleep 3600")
+    beside = target_folder.with_name(f".{target_folder.name}.partial")
+    program = KILLED_BUILD.format(recipe=str(tmp_path / "recipe.sh"))
+    with process.Child([sys.executable, "-c", program]) as child:
+        until((beside / "begun").exists, "it is building")
+        (pid,) = processes_in(beside)
+        os.kill(child.process.pid, signal.SIGKILL)
+        until(lambda: not beside.exists() and not psutil.pid_exists(pid), "folder and process are gone")
+    assert not build.built()
 
 
 def test_a_build_that_fails_leaves_a_log_and_nothing_built(recipe, capsys):
