@@ -111,7 +111,7 @@ class Report:
             self.save_model(model)
             self.sample(model)
         if not ctx.is_main:
-            return {}
+            return {"preempted": preempted}  # whoever started this rank may have to start it again
         rows = [row for row in Metrics.read(self.out / "losses.jsonl") if "loss" in row]
         history = [row["loss"] for row in rows]
         steps = len(self.timer.rows_ms())

@@ -32,7 +32,7 @@ class MegatronReport(Report):
         self.ddp, config = model, inner(model).hf_config
         described = SimpleNamespace(config=config, parameters=inner(model).parameters)
         result = super().finish(described, preempted=preempted)  # type: ignore[arg-type]
-        return result | {"parameters": lm.parameter_count(config)} if result else result
+        return result | {"parameters": lm.parameter_count(config)}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:

@@ -247,10 +247,12 @@ def missing_for(need: str) -> str:
     if need in ENGINES:
         made = (engine_environment(need) / ".installed").exists()
         return "" if made else f"the {need} environment (make setup-{need})"
+    if need == "kubectl":
+        return "" if shutil.which("kubectl") else "kubectl 1.27 or newer (kubernetes.io/docs/tasks/tools)"
     if need == "kube":
         return "" if (control_plane() / "bin").is_dir() else "a Kubernetes control plane (make setup-kube)"
     known = [
-        "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", "kube", *PROGRAMS,
+        "gpu", "gpus>=N", "cores>=N", "memory_gib>=N", "root", "netns", "slurm", "aio", "kube", "kubectl", *PROGRAMS,
         *ENGINES,
     ]  # fmt: skip
     raise UserError(f"unknown need {need!r}; known are {', '.join(known)}")

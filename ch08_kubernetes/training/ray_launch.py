@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> dict:
         except ray.exceptions.RayError as error:
             for task in waiting:
                 ray.cancel(task)
-            raise script.UserError(f"{str(error).strip().splitlines()[-1]}; see its lines above") from None
+            raise script.UserError(
+                f"{str(error).strip().splitlines()[-1].removeprefix('RuntimeError: ')}; see its lines above"
+            ) from None
         said = [line for line in ray.get(tasks[0]).splitlines() if line.startswith("RESULT ")]
     finally:
         ray.shutdown()
