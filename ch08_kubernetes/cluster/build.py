@@ -24,7 +24,7 @@ from common.script import UserError
 
 RECIPE = ROOT / KUBE_RECIPE
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
-TOOLS = {"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "dpkg-source": "dpkg-dev", "xz": "xz-utils"}
+TOOLS = {"apt-get": "apt", "dpkg-deb": "dpkg", "dpkg-source": "dpkg-dev", "xz": "xz-utils"}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 ELSEWHERE = "run a cluster with kind, or point --kubeconfig at one of yours"
 TIMEOUT_S = 3600

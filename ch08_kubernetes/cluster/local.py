@@ -51,7 +51,7 @@ class LocalCluster:
         folder: where keys, logs, state and kubeconfigs lie. It must not exist, or be empty.
         port: of the API server; any free one if None.
         apiserver_options, controller_manager_options, scheduler_options: further flags, without the dashes in front:
-            {"horizontal-pod-autoscaler-sync-period": "2s"}. They go before the ones here.
+            {"horizontal-pod-autoscaler-sync-period": "2s"}. They win over the ones here.
         timeout_s: until when it must be ready.
 
     Attributes:
@@ -153,10 +153,6 @@ class LocalCluster:
                 child.wait(0)  # its last words
                 return f"{name} has ended: {why(child.err)}"
         return ""
-
-    def log_of(self, server: str) -> str:
-        """What one of the servers has printed so far."""
-        return "".join(self._children[server].err)
 
     def _write_tokens(self) -> None:
         tokens = self.folder / "tokens.csv"
