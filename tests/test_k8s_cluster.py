@@ -541,7 +541,7 @@ def test_a_published_definition_loses_what_the_server_refuses_and_says_so(api):
     (notes,) = report.conversions.values()
     assert notes == [
         "CEL rules taken out of the schema: 1",
-        "null defaults taken out of the schema: 1",
+        "empty defaults taken out of the schema: 1",
     ]
     delete(api, crd)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from ch08_kubernetes.cluster.local import LocalCluster
+from ch08_kubernetes.cluster.local import PATIENT, LocalCluster
 from ch08_kubernetes.scheduling.cases import CASES
 from common import script
 
@@ -26,11 +26,9 @@ def main(argv: list[str] | None = None) -> dict:
         raise script.UserError(f"there is no case {sorted(unknown)[0]!r}; take some of {', '.join(CASES)}")
     chosen = args.cases or list(CASES)
     right = 0
-    # A node without a kubelet stays ready as long as the controller is patient.
-    patient = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
     with (
         tempfile.TemporaryDirectory() as folder,
-        LocalCluster(Path(folder) / "cluster", controller_manager_options=patient) as cluster,
+        LocalCluster(Path(folder) / "cluster", controller_manager_options=PATIENT) as cluster,
     ):
         for name in chosen:
             expected, found = CASES[name](cluster)
