@@ -140,6 +140,8 @@ def test_the_check_of_places_sees_one() -> None:
 def test_no_file_names_a_place_on_somebodys_machine() -> None:
     found = []
     for path in tracked():
+        if path.parent.name == "crds":  # others' published schemas, with their defaults
+            continue
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
