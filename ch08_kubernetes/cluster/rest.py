@@ -72,6 +72,7 @@ class Watch:
             "timeoutSeconds": timeout_s,
             "allowWatchBookmarks": "true",
         }
+        self._stopped = False
         self._answer = api.call_api(
             path,
             "GET",
@@ -87,6 +88,8 @@ class Watch:
         buffer = b""
         try:
             for chunk in self._answer.stream(None, decode_content=False):
+                if self._stopped:  # what comes after a shutdown of a TLS socket may be the bytes as they were sent
+                    return
                 *lines, buffer = (buffer + chunk).split(b"\n")
                 for line in lines:
                     event = json.loads(line)
@@ -95,6 +98,7 @@ class Watch:
             self._answer.close()
 
     def stop(self) -> None:
+        self._stopped = True
         with contextlib.suppress(ValueError, OSError):  # it has ended by itself
             self._answer.shutdown()
 
