@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ch08_kubernetes.cluster.kubelet import FakeKubelet
 from ch08_kubernetes.cluster.local import LocalCluster
-from ch08_kubernetes.doctor import faults, read
+from ch08_kubernetes.doctor import faults, planting, read
 from ch08_kubernetes.doctor.diagnosis import diagnose
 from ch08_kubernetes.doctor.findings import Finding, inside, lines
 from common import script
@@ -34,7 +34,7 @@ def named(fault: faults.Fault, found: list[Finding], space: str) -> bool:
 
 
 def grow(
-    planted: dict[str, tuple[faults.Fault, faults.Planter, list[faults.Step]]], timeout_s: float
+    planted: dict[str, tuple[faults.Fault, planting.Planter, list[planting.Step]]], timeout_s: float
 ) -> dict[str, list[Finding]]:
     """Take the steps until all is planted and named; at the limit, what is found by then.
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ch08_kubernetes.cluster import target
+from ch08_kubernetes.cluster.rest import Json
 from ch08_kubernetes.doctor import read
 from ch08_kubernetes.doctor.diagnosis import diagnose
 from ch08_kubernetes.doctor.facts import name, namespace, owner, ref, text
@@ -22,7 +23,7 @@ from ch08_kubernetes.doctor.findings import concerning, inside, lines
 from common import script
 
 
-def subjects(objects: list[read.Json], kind: str, called: str, space: str | None) -> set[str]:
+def subjects(objects: list[Json], kind: str, called: str, space: str | None) -> set[str]:
     """The objects meant by --pod, --job or --node, with those that belong to them.
 
     Raises:

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from ch08_kubernetes.cluster.rest import Json
-from ch08_kubernetes.doctor import containers, infrastructure, logs, placement, workloads
+from ch08_kubernetes.doctor import containers, gangs, images, infrastructure, logs, placement, services, workloads
 from ch08_kubernetes.doctor.facts import Facts
 from ch08_kubernetes.doctor.findings import Finding, Rule, ordered
 
-RULES: list[Rule] = [*placement.RULES, *containers.RULES, *workloads.RULES, *infrastructure.RULES, *logs.RULES]
+RULES: list[Rule] = [
+    *placement.RULES, *images.RULES, *containers.RULES, *workloads.RULES, *gangs.RULES, *infrastructure.RULES,
+    *services.RULES, *logs.RULES,
+]  # fmt: skip
 
 
 def diagnose(

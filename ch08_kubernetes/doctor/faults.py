@@ -1,58 +1,36 @@
-"""Faults to plant on a cluster of fake nodes, each in a namespace and on nodes of its own: for classes and for tests."""
+"""Faults to plant on a cluster of fake nodes, and the cause that the doctor must name first: for classes and tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from kubernetes.client import ApiClient
 
 from ch08_kubernetes.cluster import fates
 from ch08_kubernetes.cluster.apply import apply
 from ch08_kubernetes.cluster.kubelet import FakeKubelet
-from ch08_kubernetes.cluster.nodes import H100, Node, add_nodes, conditions, remove_nodes
-from ch08_kubernetes.cluster.rest import STRATEGIC, Json, call, get
-
-TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-HOME = "book/fault"  # the label by which a fault's pods find its nodes
-Step = Callable[["Planter"], bool]
-
-
-@dataclass
-class Planter:
-    """Where a fault is planted: its namespace, and the nodes that are its own."""
-
-    api: ApiClient
-    kubelet: FakeKubelet
-    space: str
-
-    def pods(self) -> list[Json]:
-        return get(self.api, f"/api/v1/namespaces/{self.space}/pods")["items"]  # type: ignore[no-any-return]
-
-    def put(self, *objects: Json) -> None:
-        apply(self.api, [self._homed(body) for body in objects], namespace=self.space)
-
-    def add(self, *nodes: Node) -> None:
-        add_nodes(self.api, [self.own(node) for node in nodes])
-
-    def own(self, node: Node) -> Node:
-        return replace(node, name=f"{self.space}-{node.name}", labels={**node.labels, HOME: self.space})
-
-    def patch_node(self, name: str, body: Json, part: str = "") -> None:
-        call(self.api, "PATCH", f"/api/v1/nodes/{self.space}-{name}{part}", body, patch=STRATEGIC)
-
-    def _homed(self, body: Any) -> Any:
-        """A copy whose pods run on the fault's own nodes alone; %s in strings is the namespace."""
-        if isinstance(body, dict):
-            made = {key: self._homed(value) for key, value in body.items()}
-            if "containers" in made and "schedulerName" not in made:
-                made["nodeSelector"] = {HOME: self.space, **made.get("nodeSelector", {})}
-            return made
-        if isinstance(body, list):
-            return [self._homed(item) for item in body]
-        return body.replace("%s", self.space) if isinstance(body, str) else body
+from ch08_kubernetes.cluster.nodes import H100, Node, remove_nodes
+from ch08_kubernetes.cluster.rest import Json, call, get
+from ch08_kubernetes.doctor.planting import (
+    HOME,
+    Planter,
+    Step,
+    adds,
+    claim,
+    cordons,
+    deletes,
+    deployment,
+    dies,
+    headless,
+    job,
+    mounting,
+    pod,
+    priority,
+    puts,
+    quota,
+    running,
+)
 
 
 @dataclass(frozen=True)
@@ -74,159 +52,194 @@ class Fault:
     steps: tuple[Step, ...] = ()
 
 
-def spec(gpus: int = 0, *, memory: str = "", env: dict[str, str] | None = None, tolerate: bool = True, **more: Any) -> Json:
-    limits: Json = ({"nvidia.com/gpu": gpus} if gpus else {}) | ({"memory": memory} if memory else {})
-    container: Json = {"name": "main", "image": "registry.example.com/train:1", "resources": {"limits": limits}}
-    container["env"] = [{"name": key, "value": value} for key, value in (env or {}).items()]
-    return {"containers": [container], **({"tolerations": [TOLERATION]} if tolerate else {}), **more}
-
-
-def pod(name: str, gpus: int = 0, fate: str = fates.RUNS, finalizers: list[str] | None = None, **more: Any) -> Json:
-    meta: Json = {"name": name, "annotations": {fates.FATE: fate}, "labels": {"app": name}}
-    meta |= {"finalizers": finalizers} if finalizers else {}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec(gpus, **more)}
-
-
-def job(name: str, gpus: int, pods: int, fate: str = fates.RUNS, *, limits: Json | None = None, **more: Any) -> Json:
-    env = {"NNODES": str(pods), "RDZV_ENDPOINT": f"{name}-0.{name}:29400"} if pods > 1 else {}
-    meta = {"labels": {"app": name}, "annotations": {fates.FATE: fate}}
-    template = {"metadata": meta, "spec": spec(gpus, env=env, restartPolicy="Never", **more)}
-    how = {"completions": pods, "parallelism": pods, "completionMode": "Indexed", "template": template, **(limits or {})}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": how}
-
-
-def deployment(name: str, replicas: int, gpus: int = 0, fate: str = fates.RUNS, **more: Any) -> Json:
-    template = {"metadata": {"labels": {"app": name}, "annotations": {fates.FATE: fate}}, "spec": spec(gpus, **more)}
-    made = {"replicas": replicas, "selector": {"matchLabels": {"app": name}}, "template": template}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": made}
-
-
-def headless(name: str, app: str) -> Json:
-    made = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"app": app}, "ports": [{"port": 29400}]}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": made}
-
-
-def priority(name: str, value: int, policy: str = "PreemptLowerPriority") -> Json:
-    head = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}}
-    return head | {"value": value, "preemptionPolicy": policy}
-
-
-def running(count: int) -> Step:
-    """Until so many pods are ready."""
-
-    def there(at: Planter) -> bool:
-        states = [{c["type"]: c["status"] for c in p["status"].get("conditions", [])} for p in at.pods()]
-        return sum(state.get("Ready") == "True" for state in states) >= count
-
-    return there
-
-
-def puts(*objects: Json) -> Step:
-    return lambda at: at.put(*objects) or True  # type: ignore[func-returns-value]
-
-
-def adds(*nodes: Node) -> Step:
-    return lambda at: at.add(*nodes) or True  # type: ignore[func-returns-value]
-
-
-def deletes(name: str) -> Step:
-    def delete(at: Planter) -> bool:
-        call(at.api, "DELETE", f"/api/v1/namespaces/{at.space}/pods/{name}", {"gracePeriodSeconds": 1})
-        return True
-
-    return delete
-
-
-def cordons(name: str) -> Step:
-    return lambda at: at.patch_node(name, {"spec": {"unschedulable": True}}) or True  # type: ignore[func-returns-value]
-
-
-def dies(name: str) -> Step:
-    """What the node controller says when a kubelet has been silent for its grace period."""
-
-    def silence(at: Planter) -> bool:
-        at.kubelet.silence(f"{at.space}-{name}")
-        states = conditions(False, "NodeStatusUnknown", "Kubelet stopped posting node status.")
-        states[-1] |= {"status": "Unknown"}
-        at.patch_node(name, {"status": {"conditions": states}}, "/status")
-        return True
-
-    return silence
-
-
-def quota(**hard: str) -> Json:
-    limits = {key.replace("_", "."): value for key, value in hard.items()} or {"requests.nvidia.com/gpu": "8"}
-    return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": limits}}
-
-
-def claim(name: str, storage_class: str | None = None) -> Json:
-    made: Json = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
-    made |= {"storageClassName": storage_class} if storage_class else {}
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": made}
-
-
-def mounting(name: str, of: str) -> Json:
-    return pod(name, volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": of}}])
-
-
-LIMITS = {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "containers"},
-    "spec": {"limits": [{"type": "Container", "max": {"memory": "64Gi"}}]}}  # fmt: skip
+LIMITS = {
+    "apiVersion": "v1",
+    "kind": "LimitRange",
+    "metadata": {"name": "containers"},
+    "spec": {"limits": [{"type": "Container", "max": {"memory": "64Gi"}}]},
+}
 HOOK = {
-    "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+    "apiVersion": "admissionregistration.k8s.io/v1",
+    "kind": "ValidatingWebhookConfiguration",
     "metadata": {"name": "%s"},
-    "webhooks": [{
-        "name": "pods.gate.example.com", "failurePolicy": "Fail", "sideEffects": "None", "admissionReviewVersions": ["v1"], "timeoutSeconds": 1,
-        "clientConfig": {"service": {"namespace": "%s", "name": "gate"}}, "namespaceSelector": {"matchLabels": {HOME: "%s"}},
-        "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
-    }],
-}  # fmt: skip
-BUDGET = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "serve"},
-    "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "serve"}}}}  # fmt: skip
+    "webhooks": [
+        {
+            "name": "pods.gate.example.com",
+            "failurePolicy": "Fail",
+            "sideEffects": "None",
+            "admissionReviewVersions": ["v1"],
+            "timeoutSeconds": 1,
+            "clientConfig": {"service": {"namespace": "%s", "name": "gate"}},
+            "namespaceSelector": {"matchLabels": {HOME: "%s"}},
+            "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+        }
+    ],
+}
+BUDGET = {
+    "apiVersion": "policy/v1",
+    "kind": "PodDisruptionBudget",
+    "metadata": {"name": "serve"},
+    "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "serve"}}},
+}
 SCALER = {
-    "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "serve"},
-    "spec": {"minReplicas": 1, "maxReplicas": 3, "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "serve"},
-        "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}}}]},
-}  # fmt: skip
+    "apiVersion": "autoscaling/v2",
+    "kind": "HorizontalPodAutoscaler",
+    "metadata": {"name": "serve"},
+    "spec": {
+        "minReplicas": 1,
+        "maxReplicas": 3,
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "serve"},
+        "metrics": [
+            {
+                "type": "Resource",
+                "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}},
+            }
+        ],
+    },
+}
 BIG = Node("n1", H100, 8, "96", "1000Gi")
 SECOND = replace(BIG, name="n2")
 
-HEALTHY = Fault("healthy", "", objects=[headless("train", "train"), job("train", 4, 2), deployment("serve", 1), BUDGET], steps=(running(3),))
+HEALTHY = Fault(
+    "healthy",
+    "",
+    objects=[headless("train", "train"), job("train", 4, 2), deployment("serve", 1), BUDGET],
+    steps=(running(3),),
+)
 FAULTS = [
-    Fault("no-gpus", "no-free-gpus", objects=[pod("holder", 8)], says="held by Pod/%s/holder (8)", steps=(running(1), puts(pod("late", 4)))),
-    Fault("taint", "untolerated-taint", objects=[pod("train", 1, tolerate=False)], says="nvidia.com/gpu=present:NoSchedule"),
-    Fault("label", "node-selector", objects=[pod("train", 1, nodeSelector={"nvidia.com/gpu.product": "H100"})], says="the nearest is NVIDIA-H100-80GB-HBM3"),
-    Fault("blind-node", "gpu-not-seen", [Node("n1", H100, 0)], [pod("train", 1)], then=("no-gpu-node",), says="no device plugin"),
+    Fault(
+        "no-gpus",
+        "no-free-gpus",
+        objects=[pod("holder", 8)],
+        says="held by Pod/%s/holder (8)",
+        steps=(running(1), puts(pod("late", 4))),
+    ),
+    Fault(
+        "taint",
+        "untolerated-taint",
+        objects=[pod("train", 1, tolerate=False)],
+        says="nvidia.com/gpu=present:NoSchedule",
+    ),
+    Fault(
+        "label",
+        "node-selector",
+        objects=[pod("train", 1, nodeSelector={"nvidia.com/gpu.product": "H100"})],
+        says="the nearest is NVIDIA-H100-80GB-HBM3",
+    ),
+    Fault(
+        "blind-node",
+        "gpu-not-seen",
+        [Node("n1", H100, 0)],
+        [pod("train", 1)],
+        then=("no-gpu-node",),
+        says="no device plugin",
+    ),
     Fault("sixteen", "larger-than-node", objects=[pod("train", 16)], says="the largest node that it may use has 8"),
-    Fault("fragments", "fragmented-gpus", [BIG, SECOND], [pod("a", 6), pod("b", 6)], says="4 in sum", steps=(running(2), puts(pod("train", 4)))),
-    Fault("quota", "quota-exceeded", [BIG, SECOND], [quota(), job("train", 1, 9)], says="used requests.nvidia.com/gpu=8", then=("rendezvous-incomplete",)),
-    Fault("limit-range", "limit-range", objects=[LIMITS, job("train", 1, 1, memory="128Gi")], says="maximum memory usage per Container is 64Gi"),
+    Fault(
+        "fragments",
+        "fragmented-gpus",
+        [BIG, SECOND],
+        [pod("a", 6), pod("b", 6)],
+        says="4 in sum",
+        steps=(running(2), puts(pod("train", 4))),
+    ),
+    Fault(
+        "quota",
+        "quota-exceeded",
+        [BIG, SECOND],
+        [quota(), job("train", 1, 9)],
+        says="used requests.nvidia.com/gpu=8",
+        then=("rendezvous-incomplete",),
+    ),
+    Fault(
+        "limit-range",
+        "limit-range",
+        objects=[LIMITS, job("train", 1, 1, memory="128Gi")],
+        says="maximum memory usage per Container is 64Gi",
+    ),
     Fault("image", "image-not-found", objects=[pod("serve", 1, "ImagePullBackOff")]),
-    Fault("secret", "missing-config", objects=[pod("serve", 1, "CreateContainerConfigError")], says='secret "main" not found'),
-    Fault("memory", "oom-killed", objects=[deployment("serve", 2, 1, "OOMKilled", memory="16Gi")], says="its limit (16Gi)"),
+    Fault(
+        "secret",
+        "missing-config",
+        objects=[pod("serve", 1, "CreateContainerConfigError")],
+        says='secret "main" not found',
+    ),
+    Fault(
+        "memory", "oom-killed", objects=[deployment("serve", 2, 1, "OOMKilled", memory="16Gi")], says="its limit (16Gi)"
+    ),
     Fault("crash", "application-error", objects=[deployment("serve", 1, 1, "CrashLoopBackOff")], says="exit code 1"),
     Fault("claim", "volume-claim-missing", objects=[mounting("train", "checkpoints")]),
     Fault("no-class", "no-storage-class", objects=[claim("checkpoints"), mounting("train", "checkpoints")]),
     Fault("class", "storage-class-missing", objects=[claim("checkpoints", "fast"), mounting("train", "checkpoints")]),
-    Fault("hang", "no-free-gpus", objects=[headless("train", "train"), job("train", 8, 2)], then=("rendezvous-incomplete",), says="held by Job/%s/train (8)"),
-    Fault("rendezvous", "service-selector", objects=[headless("train", "trian"), job("train", 4, 2)], says="the rendezvous name never resolves"),
-    Fault("deadlock", "gang-deadlock", [BIG], [job("first", 8, 2)], then=("no-free-gpus", "rendezvous-incomplete"), says="1 of 2 pods",
-        steps=(running(1), puts(priority("%s", 100, "Never"), job("second", 8, 2, priorityClassName="%s")), adds(SECOND), running(2))),
+    Fault(
+        "hang",
+        "no-free-gpus",
+        objects=[headless("train", "train"), job("train", 8, 2)],
+        then=("rendezvous-incomplete",),
+        says="held by Job/%s/train (8)",
+    ),
+    Fault(
+        "rendezvous",
+        "service-selector",
+        objects=[headless("train", "trian"), job("train", 4, 2)],
+        says="the rendezvous name never resolves",
+    ),
+    Fault(
+        "deadlock",
+        "gang-deadlock",
+        [BIG],
+        [job("first", 8, 2)],
+        then=("no-free-gpus", "rendezvous-incomplete"),
+        says="1 of 2 pods",
+        steps=(
+            running(1),
+            puts(priority("%s", 100, "Never"), job("second", 8, 2, priorityClassName="%s")),
+            adds(SECOND),
+            running(2),
+        ),
+    ),
     Fault("readiness", "readiness-fails", objects=[deployment("serve", 1, 1, fates.NEVER_READY)]),
-    Fault("dead-node", "node-silent", objects=[pod("serve", 1)], then=("pods-on-dead-node",), steps=(running(1), dies("n1"))),
-    Fault("preempted", "preempted", objects=[priority("%s", 1000), job("low", 8, 1)], then=("no-free-gpus",), steps=(running(1), puts(pod("high", 8, priorityClassName="%s")))),
-    Fault("backoff", "application-error", objects=[job("train", 1, 1, "Error", limits={"backoffLimit": 0})], then=("backoff-limit",)),
+    Fault(
+        "dead-node",
+        "node-silent",
+        objects=[pod("serve", 1)],
+        then=("pods-on-dead-node",),
+        steps=(running(1), dies("n1")),
+    ),
+    Fault(
+        "preempted",
+        "preempted",
+        objects=[priority("%s", 1000), job("low", 8, 1)],
+        then=("no-free-gpus",),
+        steps=(running(1), puts(pod("high", 8, priorityClassName="%s"))),
+    ),
+    Fault(
+        "backoff",
+        "application-error",
+        objects=[job("train", 1, 1, "Error", limits={"backoffLimit": 0})],
+        then=("backoff-limit",),
+    ),
     Fault("deadline", "deadline-exceeded", objects=[job("train", 1, 1, limits={"activeDeadlineSeconds": 1})]),
     Fault("evicted", "evicted", objects=[pod("train", 1, "Evicted")], says="ephemeral-storage"),
     Fault("device", "device-unavailable", objects=[pod("train", 1, "UnexpectedAdmissionError")]),
     Fault("drain", "pdb-blocks-drain", objects=[deployment("serve", 1), BUDGET], steps=(running(1), cordons("n1"))),
     Fault("hpa", "hpa-no-metrics", objects=[deployment("serve", 1), SCALER]),
     Fault("cordon", "nodes-cordoned", steps=(cordons("n1"), puts(pod("train", 1)))),
-    Fault("finalizer", "terminating-finalizer", objects=[pod("train", 1, finalizers=["example.com/held"])], steps=(running(1), deletes("train"))),
-    Fault("stuck", "terminating-stuck", objects=[pod("train", 1, fates.NEVER_STOPS)], steps=(running(1), deletes("train"))),
+    Fault(
+        "finalizer",
+        "terminating-finalizer",
+        objects=[pod("train", 1, finalizers=["example.com/held"])],
+        steps=(running(1), deletes("train")),
+    ),
+    Fault(
+        "stuck", "terminating-stuck", objects=[pod("train", 1, fates.NEVER_STOPS)], steps=(running(1), deletes("train"))
+    ),
     Fault("webhook", "webhook-down", objects=[HOOK], then=("webhook-unanswered",), steps=(puts(job("train", 1, 1)),)),
-    Fault("priority", "priority-class-missing", objects=[job("train", 1, 1, priorityClassName="urgent")], says="urgent"),
+    Fault(
+        "priority", "priority-class-missing", objects=[job("train", 1, 1, priorityClassName="urgent")], says="urgent"
+    ),
     Fault("scheduler", "no-scheduler", objects=[pod("train", 1, schedulerName="mine")], says="mine"),
-]  # fmt: skip
+]
 
 
 def plant(fault: Fault, api: ApiClient, kubelet: FakeKubelet, space: str) -> tuple[Planter, list[Step]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ch08_kubernetes.doctor.facts import Facts
 
 # From what can cause all else to what only suffers. A finding may follow from one further up alone.
-ORDER = """
+ORDER: list[str] = """
 webhook-down apiservice-down namespace-terminating
 node-silent node-not-ready node-pressure gpu-not-seen gpu-labels-missing
 quota-exceeded quota-needs-request limit-range pod-security priority-class-missing service-account-missing
@@ -30,7 +30,7 @@ no-endpoints
 backoff-limit deadline-exceeded pod-failure-policy
 rendezvous-incomplete
 rollout-stuck pdb-blocks-drain hpa-no-metrics hpa-no-target hpa-at-maximum
-""".split()
+""".split()  # noqa: SIM905
 RANKS = {cause: place for place, cause in enumerate(ORDER)}
 
 

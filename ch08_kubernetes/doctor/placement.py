@@ -13,27 +13,25 @@ from decimal import Decimal
 
 from ch08_kubernetes.cluster.rest import Json
 from ch08_kubernetes.doctor.facts import (
-    Facts, amount, at, condition, is_gpu, labels, listed, name, namespace, owner, phase, ref, requests, table, text,
-)  # fmt: skip
+    Facts,
+    at,
+    condition,
+    is_gpu,
+    labels,
+    listed,
+    name,
+    namespace,
+    owner,
+    phase,
+    ref,
+    requests,
+    table,
+    text,
+)
+from ch08_kubernetes.doctor.filters import CORDON, NODE_TAINTS, barriers, sees_no_gpu, selected, terms, waiting
 from ch08_kubernetes.doctor.findings import Finding
 
-NODE_TAINTS = {
-    "node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable", "node.kubernetes.io/memory-pressure",
-    "node.kubernetes.io/disk-pressure", "node.kubernetes.io/pid-pressure",
-}  # fmt: skip
-CORDON = "node.kubernetes.io/unschedulable"
 UNSEEN_S = 60  # a scheduler that lives has looked at a pod by then
-
-
-def waiting(facts: Facts) -> list[Json]:
-    """Pods that have no node and are not being deleted."""
-    return [
-        pod
-        for pod in facts.all("Pod")
-        if phase(pod) in ("Pending", "")
-        and not text(pod, "spec", "nodeName")
-        and not at(pod, "metadata", "deletionTimestamp")
-    ]
 
 
 def verdict(facts: Facts, pod: Json) -> str:
@@ -54,9 +52,13 @@ def pending(facts: Facts) -> Iterator[Finding]:
                 and not at(pod, "spec", "schedulingGates")
             ):
                 scheduler = text(pod, "spec", "schedulerName") or "default-scheduler"
-                yield Finding("no-scheduler", (ref(pod),), f"no scheduler has looked at it: spec.schedulerName is {scheduler}",
+                yield Finding(
+                    "no-scheduler",
+                    (ref(pod),),
+                    f"no scheduler has looked at it: spec.schedulerName is {scheduler}",
                     (f"{ref(pod)} has no condition PodScheduled after {UNSEEN_S} s",),
-                    f"kubectl -n kube-system get pods | grep {scheduler}   (start it, or correct spec.schedulerName)")  # fmt: skip
+                    f"kubectl -n kube-system get pods | grep {scheduler}   (start it, or correct spec.schedulerName)",
+                )
             continue
         if not _waits_for_volume(said):
             yield _why(facts, pod, f'{ref(pod)} status.conditions[PodScheduled]: "{said}"')
@@ -88,11 +90,21 @@ def _why(facts: Facts, pod: Json, evidence: str) -> Finding:
         asked = ", ".join(gpus)
         blind = [ref(node) for node in chosen if sees_no_gpu(node)]
         if blind:
-            return finding("no-gpu-node", f"asks for {asked}, which no node that it may use offers: the device plugin counts none there",
-                "kubectl get pods -A | grep device-plugin   (it must run on each GPU node)", blind)  # fmt: skip
+            return finding(
+                "no-gpu-node",
+                f"asks for {asked}, which no node that it may use offers: the device plugin counts none there",
+                "kubectl get pods -A | grep device-plugin   (it must run on each GPU node)",
+                blind,
+            )
         offered = sorted({key for node in nodes for key in facts.allocatable(node) if is_gpu(key)})
-        return finding("node-selector", f"asks for {asked}; the nodes that its nodeSelector and affinity allow have none (offered in this cluster: {', '.join(offered) or 'no GPU'})",
-            f"correct the resource's name or the nodeSelector of {owner(pod)}")  # fmt: skip
+        return finding(
+            "node-selector",
+            (
+                f"asks for {asked}; the nodes that its nodeSelector and affinity allow have none "
+                f"(offered in this cluster: {', '.join(offered) or 'no GPU'})"
+            ),
+            f"correct the resource's name or the nodeSelector of {owner(pod)}",
+        )
     open_to = [node for node in having if not barriers(pod, node)]
     if not open_to:
         return _tainted(pod, having, finding)
@@ -103,8 +115,17 @@ def _why(facts: Facts, pod: Json, evidence: str) -> Finding:
     if short:
         key = short[0]
         largest = max(facts.allocatable(node).get(key, Decimal(0)) for node in open_to)
-        return finding("larger-than-node", f"asks for {show(wanted[key], key)} {key} in one pod; the largest node that it may use has {show(largest, key)}",
-            f"ask for at most {show(largest, key)} {key} a pod, and spread over more pods ({owner(pod)}: completions, parallelism, NNODES)")  # fmt: skip
+        return finding(
+            "larger-than-node",
+            (
+                f"asks for {show(wanted[key], key)} {key} in one pod; the largest node that it may use "
+                f"has {show(largest, key)}"
+            ),
+            (
+                f"ask for at most {show(largest, key)} {key} a pod, and spread over more pods "
+                f"({owner(pod)}: completions, parallelism, NNODES)"
+            ),
+        )
     scarce = [key for key, value in wanted.items() if not any(free[name(n)].get(key, 0) >= value for n in open_to)]
     blind = [ref(node) for node in chosen if gpus and sees_no_gpu(node)]
     shut = {name(n): (ref(n), barriers(pod, n)) for n in having if n not in open_to}
@@ -117,16 +138,38 @@ def _why(facts: Facts, pod: Json, evidence: str) -> Finding:
         message = f"asks for {show(wanted[key], key)} {key}; free where it may run: {has}"
         message += f"; held by {holders(facts, open_to, key)}"
         if is_gpu(key) and total >= wanted[key]:
-            return finding("fragmented-gpus", f"{message}; {show(total, key)} in sum, and not on one node",
-                f"ask for at most {show(max(per_node.values()), key)} a pod, or free a node (kubectl drain) and pack pods (MostAllocated)", blind + hurt)  # fmt: skip
+            return finding(
+                "fragmented-gpus",
+                f"{message}; {show(total, key)} in sum, and not on one node",
+                (
+                    f"ask for at most {show(max(per_node.values()), key)} a pod, or free a node "
+                    "(kubectl drain) and pack pods (MostAllocated)"
+                ),
+                blind + hurt,
+            )
         if outside := [at_node for at_node, (_, taints) in shut.items() if taints]:
             message += f"; shut by taints: {', '.join(outside)}"
         cause = "no-free-gpus" if is_gpu(key) else "no-free-room"
-        return finding(cause, message, "wait, delete one of the holders, give the pod a higher priorityClassName, or add a node", blind + hurt)  # fmt: skip
+        return finding(
+            cause,
+            message,
+            "wait, delete one of the holders, give the pod a higher priorityClassName, or add a node",
+            blind + hurt,
+        )
     if "affinity" in evidence or "topology spread" in evidence:
-        return finding("pod-placement", "nodes have room, and pod affinity, anti-affinity or topology spread forbids them",
-            f"relax affinity or topologySpreadConstraints of {owner(pod)} (preferred..., whenUnsatisfiable: ScheduleAnyway), or add nodes in another domain")  # fmt: skip
-    return finding("unschedulable", "the scheduler refuses it, for a reason that its own words name", f"kubectl -n {namespace(pod)} describe pod {name(pod)}")  # fmt: skip
+        return finding(
+            "pod-placement",
+            "nodes have room, and pod affinity, anti-affinity or topology spread forbids them",
+            (
+                f"relax affinity or topologySpreadConstraints of {owner(pod)} (preferred..., "
+                "whenUnsatisfiable: ScheduleAnyway), or add nodes in another domain"
+            ),
+        )
+    return finding(
+        "unschedulable",
+        "the scheduler refuses it, for a reason that its own words name",
+        f"kubectl -n {namespace(pod)} describe pod {name(pod)}",
+    )
 
 
 def _summary(per_node: dict[str, Decimal], key: str, most: int = 6) -> list[tuple[str, str]]:
@@ -157,77 +200,10 @@ def holders(facts: Facts, nodes: list[Json], key: str, most: int = 4) -> str:
     return ", ".join(shown + ([f"{len(first) - most} more"] if len(first) > most else [])) or "nobody"
 
 
-def sees_no_gpu(node: Json) -> bool:
-    """By its labels it has GPUs; by what its kubelet offers it has none, whole or sliced."""
-    marks = labels(node)
-    has = (
-        marks.get("feature.node.kubernetes.io/pci-10de.present") == "true"
-        or marks.get("nvidia.com/gpu.present") == "true"
-    )
-    has = has or amount(marks.get("nvidia.com/gpu.count", 0)) > 0
-    return has and not any(
-        is_gpu(key) and amount(value) > 0 for key, value in table(node, "status", "allocatable").items()
-    )
-
-
-def barriers(pod: Json, node: Json) -> list[Json]:
-    """The taints (a cordon is one) that keep the pod off the node."""
-    taints = [taint for taint in listed(node, "spec", "taints") if taint.get("effect") in ("NoSchedule", "NoExecute")]
-    if at(node, "spec", "unschedulable") and not any(t.get("key") == CORDON for t in taints):
-        taints.append({"key": CORDON, "effect": "NoSchedule"})
-    return [taint for taint in taints if not any(_tolerates(t, taint) for t in listed(pod, "spec", "tolerations"))]
-
-
-def _tolerates(toleration: Json, taint: Json) -> bool:
-    """Source: Kubernetes documentation, Taints and Tolerations."""
-    if toleration.get("effect") not in (None, "", taint.get("effect")):
-        return False
-    exists = toleration.get("operator") == "Exists"
-    if not toleration.get("key"):
-        return exists
-    same = toleration.get("key") == taint.get("key")
-    return same and (exists or (toleration.get("value") or "") == (taint.get("value") or ""))
-
-
-def _terms(pod: Json) -> list[Json]:
-    path = ("spec", "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution", "nodeSelectorTerms")
-    return listed(pod, *path)
-
-
-def selected(pod: Json, node: Json) -> bool:
-    """Whether nodeSelector and required node affinity allow the node."""
-    marks = labels(node)
-    if any(marks.get(key) != str(value) for key, value in table(pod, "spec", "nodeSelector").items()):
-        return False
-    terms = _terms(pod)
-    return not terms or any(_meets(term, node) for term in terms)
-
-
-def _meets(term: Json, node: Json) -> bool:
-    fields = {"metadata.name": name(node)}
-    return all(_holds(each, labels(node)) for each in listed(term, "matchExpressions")) and all(
-        _holds(each, fields) for each in listed(term, "matchFields")
-    )
-
-
-def _holds(rule: Json, marks: dict[str, str]) -> bool:
-    key, operator = text(rule, "key"), text(rule, "operator")
-    values = [str(value) for value in at(rule, "values") or []]
-    if operator in ("In", "NotIn"):
-        return (marks.get(key) in values) == (operator == "In")
-    if operator in ("Exists", "DoesNotExist"):
-        return (key in marks) == (operator == "Exists")
-    try:
-        value, bound = int(marks[key]), int(values[0])
-    except (KeyError, ValueError, IndexError):
-        return False
-    return value > bound if operator == "Gt" else value < bound
-
-
 def _asked(pod: Json) -> list[tuple[str, list[str]]]:
     """(label, values) that a pod wants of a node."""
     found = [(key, [str(value)]) for key, value in sorted(table(pod, "spec", "nodeSelector").items())]
-    for term in _terms(pod):
+    for term in terms(pod):
         for rule in listed(term, "matchExpressions"):
             if rule.get("operator") in ("In", "Exists", "Gt", "Lt"):
                 found.append((text(rule, "key"), [str(v) for v in at(rule, "values") or []]))
@@ -238,19 +214,41 @@ def _no_label(pod: Json, nodes: list[Json], finding) -> Finding:  # type: ignore
     for key, values in _asked(pod):
         there = sorted({labels(node)[key] for node in nodes if key in labels(node)})
         if not there and key.startswith(("nvidia.com/", "feature.node.kubernetes.io/")):
-            return finding("gpu-labels-missing", f"wants a node with the label {key}, which no node has: GPU feature discovery has not labelled them",
-                "kubectl get pods -A | grep -E 'gpu-feature-discovery|node-feature-discovery'   (install or repair it, setup/)")  # fmt: skip
+            return finding(
+                "gpu-labels-missing",
+                f"wants a node with the label {key}, which no node has: GPU feature discovery has not labelled them",
+                (
+                    "kubectl get pods -A | grep -E 'gpu-feature-discovery|node-feature-discovery'   "
+                    "(install or repair it, setup/)"
+                ),
+            )
         if not there:
             close = nearest(key, sorted({k for node in nodes for k in labels(node)}))
-            return finding("node-selector", f"wants a node with the label {key}, which no node has" + (f"; the nearest is {close}" if close else ""),
-                f"kubectl label node NAME {key}={values[0] if values else 'VALUE'}, or correct the nodeSelector of {owner(pod)}")  # fmt: skip
+            return finding(
+                "node-selector",
+                f"wants a node with the label {key}, which no node has"
+                + (f"; the nearest is {close}" if close else ""),
+                (
+                    f"kubectl label node NAME {key}={values[0] if values else 'VALUE'}, or correct the "
+                    f"nodeSelector of {owner(pod)}"
+                ),
+            )
         if values and not set(values) & set(there):
             close = nearest(values[0], there)
-            return finding("node-selector", f"wants a node with {key}={'|'.join(values)}; no node has that value, the nearest is {close} (there are {', '.join(there[:6])})",
-                f"in {owner(pod)}: nodeSelector {key}: {close}")  # fmt: skip
+            return finding(
+                "node-selector",
+                (
+                    f"wants a node with {key}={'|'.join(values)}; no node has that value, the nearest "
+                    f"is {close} (there are {', '.join(there[:6])})"
+                ),
+                f"in {owner(pod)}: nodeSelector {key}: {close}",
+            )
     asked = ", ".join(f"{key}={'|'.join(values)}" for key, values in _asked(pod))
-    return finding("node-selector", f"wants a node with {asked}; each is there, and no node has them together",
-        f"kubectl get nodes -L {','.join(key for key, _ in _asked(pod))}   (leave one of them out in {owner(pod)})")  # fmt: skip
+    return finding(
+        "node-selector",
+        f"wants a node with {asked}; each is there, and no node has them together",
+        f"kubectl get nodes -L {','.join(key for key, _ in _asked(pod))}   (leave one of them out in {owner(pod)})",
+    )
 
 
 def nearest(value: str, there: list[str]) -> str:
@@ -264,18 +262,29 @@ def _tainted(pod: Json, nodes: list[Json], finding) -> Finding:  # type: ignore[
     names = sorted({name(node) for node, _ in taints})
     sick = sorted({ref(node) for node, taint in taints if taint.get("key") in NODE_TAINTS})
     own = [taint for _, taint in taints if taint.get("key") not in NODE_TAINTS and taint.get("key") != CORDON]
-    where = f"{len(names)} node{'s' if len(names) > 1 else ''} that it could use ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    where = (
+        f"{len(names)} node{'s' if len(names) > 1 else ''} that it could use "
+        f"({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    )
     if own:
         (key, value, effect), _ = Counter(
             (text(t, "key"), text(t, "value"), text(t, "effect")) for t in own
         ).most_common(1)[0]
         shown = f"{key}={value}:{effect}" if value else f"{key}:{effect}"
         match = f"operator: Equal, value: {value}" if value else "operator: Exists"
-        return finding("untolerated-taint", f"does not tolerate the taint {shown} of the {where}",
-            f"in the pod's spec: tolerations: [{{key: {key}, {match}, effect: {effect}}}]", sick)  # fmt: skip
+        return finding(
+            "untolerated-taint",
+            f"does not tolerate the taint {shown} of the {where}",
+            f"in the pod's spec: tolerations: [{{key: {key}, {match}, effect: {effect}}}]",
+            sick,
+        )
     if sick:
         return finding("unschedulable", f"the {where} are not well", "see the node's own finding", sick)
-    return finding("nodes-cordoned", f"the {where} are cordoned: kubectl drain or cordon closed them", f"kubectl uncordon {names[0]}")  # fmt: skip
+    return finding(
+        "nodes-cordoned",
+        f"the {where} are cordoned: kubectl drain or cordon closed them",
+        f"kubectl uncordon {names[0]}",
+    )
 
 
 def blind_nodes(facts: Facts) -> Iterator[Finding]:
@@ -292,10 +301,22 @@ def blind_nodes(facts: Facts) -> Iterator[Finding]:
             else "no device plugin runs there"
         )
         capacity = table(node, "status", "capacity").get("nvidia.com/gpu", "missing")
-        yield Finding("gpu-not-seen", (ref(node),), f"the machine has GPUs (labels), and the kubelet offers none: {state}",
-            (f"{ref(node)} status.capacity[nvidia.com/gpu] is {capacity}, labels nvidia.com/gpu.count={labels(node).get('nvidia.com/gpu.count', '?')}",),
-            "kubectl get pods -A -o wide | grep device-plugin; kubectl logs of it; on the node: nvidia-smi, and containerd's runtime class nvidia",
-            tuple(ref(p) for p in plugins))  # fmt: skip
+        yield Finding(
+            "gpu-not-seen",
+            (ref(node),),
+            f"the machine has GPUs (labels), and the kubelet offers none: {state}",
+            (
+                (
+                    f"{ref(node)} status.capacity[nvidia.com/gpu] is {capacity}, labels "
+                    f"nvidia.com/gpu.count={labels(node).get('nvidia.com/gpu.count', '?')}"
+                ),
+            ),
+            (
+                "kubectl get pods -A -o wide | grep device-plugin; kubectl logs of it; on the node: "
+                "nvidia-smi, and containerd's runtime class nvidia"
+            ),
+            tuple(ref(p) for p in plugins),
+        )
 
 
 RULES = [pending, blind_nodes]

@@ -36,17 +36,26 @@ KINDS: list[tuple[str, str, tuple[str, ...], bool]] = [
     ("StatefulSet", "statefulsets", ("apis/apps/v1",), True),
     ("DaemonSet", "daemonsets", ("apis/apps/v1",), True),
     ("PodDisruptionBudget", "poddisruptionbudgets", ("apis/policy/v1", "apis/policy/v1beta1"), True),
-    ("HorizontalPodAutoscaler", "horizontalpodautoscalers",
-     ("apis/autoscaling/v2", "apis/autoscaling/v2beta2", "apis/autoscaling/v1"), True),
+    (
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+        ("apis/autoscaling/v2", "apis/autoscaling/v2beta2", "apis/autoscaling/v1"),
+        True,
+    ),
     ("StorageClass", "storageclasses", ("apis/storage.k8s.io/v1",), False),
     ("PriorityClass", "priorityclasses", ("apis/scheduling.k8s.io/v1",), False),
     ("APIService", "apiservices", ("apis/apiregistration.k8s.io/v1",), False),
-    ("ValidatingWebhookConfiguration", "validatingwebhookconfigurations", ("apis/admissionregistration.k8s.io/v1",), False),
+    (
+        "ValidatingWebhookConfiguration",
+        "validatingwebhookconfigurations",
+        ("apis/admissionregistration.k8s.io/v1",),
+        False,
+    ),
     ("MutatingWebhookConfiguration", "mutatingwebhookconfigurations", ("apis/admissionregistration.k8s.io/v1",), False),
     ("JobSet", "jobsets", ("apis/jobset.x-k8s.io/v1alpha2",), True),
     ("Workload", "workloads", ("apis/kueue.x-k8s.io/v1beta2", "apis/kueue.x-k8s.io/v1beta1"), True),
     ("LocalQueue", "localqueues", ("apis/kueue.x-k8s.io/v1beta2", "apis/kueue.x-k8s.io/v1beta1"), True),
-]  # fmt: skip
+]
 NAMES_ONLY = {"Secret", "ConfigMap"}
 EVERYWHERE = {"Pod"}  # who holds the GPUs may be in any namespace
 
@@ -132,10 +141,15 @@ def _page(api: ApiClient, path: str, names_only: bool, more: str) -> Json:
     if not names_only:
         return get(api, path, **query)
     return api.call_api(  # type: ignore[no-any-return]
-        path, "GET", query_params=list(query.items()), auth_settings=["BearerToken"], response_types_map={200: "object"},
+        path,
+        "GET",
+        query_params=list(query.items()),
+        auth_settings=["BearerToken"],
+        response_types_map={200: "object"},
         header_params={"Accept": "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"},
-        _return_http_data_only=True, _request_timeout=30,
-    )  # fmt: skip
+        _return_http_data_only=True,
+        _request_timeout=30,
+    )
 
 
 def load(path: Path) -> Snapshot:
@@ -191,6 +205,14 @@ def log_of(api: ApiClient, pod: Json, container: str = "", *, tail: int, previou
         "container": container or text(containers(pod)[:1], 0, "name"),
         "previous": str(previous).lower(),
     }
-    answer = api.call_api(path, "GET", query_params=list(query.items()), auth_settings=["BearerToken"],
-        header_params={"Accept": "*/*"}, _preload_content=False, _return_http_data_only=True, _request_timeout=30)  # fmt: skip
+    answer = api.call_api(
+        path,
+        "GET",
+        query_params=list(query.items()),
+        auth_settings=["BearerToken"],
+        header_params={"Accept": "*/*"},
+        _preload_content=False,
+        _return_http_data_only=True,
+        _request_timeout=30,
+    )
     return answer.read().decode("utf-8", "replace")  # type: ignore[no-any-return]

@@ -7,11 +7,23 @@ from collections.abc import Iterator
 
 from ch08_kubernetes.cluster.rest import Json
 from ch08_kubernetes.doctor.facts import (
-    Facts, at, condition, is_gpu, labels, listed, meets_others, name, namespace, number, owner, phase, rank,
-    ref, requests, table, text,
-)  # fmt: skip
+    Facts,
+    at,
+    condition,
+    is_gpu,
+    labels,
+    listed,
+    name,
+    namespace,
+    number,
+    owner,
+    phase,
+    ref,
+    requests,
+    text,
+)
+from ch08_kubernetes.doctor.filters import waiting
 from ch08_kubernetes.doctor.findings import Finding
-from ch08_kubernetes.doctor.placement import barriers, selected, waiting
 
 MAKERS = ("Job", "ReplicaSet", "StatefulSet", "DaemonSet", "JobSet")
 REFUSALS = [  # cause, the server's words
@@ -22,8 +34,11 @@ REFUSALS = [  # cause, the server's words
     ("namespace-terminating", r"because it is being terminated"),
     ("pod-security", r"violates PodSecurity \"([^\"]+)\": (.+)"),
     ("priority-class-missing", r"no PriorityClass with name (\S+) was found"),
-    ("service-account-missing", r"serviceaccount \"?([\w.\-]+)\"? not found|error looking up service account \S+?/([\w.\-]+):"),
-]  # fmt: skip
+    (
+        "service-account-missing",
+        r"serviceaccount \"?([\w.\-]+)\"? not found|error looking up service account \S+?/([\w.\-]+):",
+    ),
+]
 
 
 def wanted(maker: Json) -> int:
@@ -71,8 +86,14 @@ def _refusal(facts: Facts, maker: Json, said: str) -> Finding:
     first = next(filter(None, parts), "")
     short = f"{lacking} of {wanted(maker)} pods are not made"
     if cause == "quota-exceeded":
-        message = f"{short}: quota {first} of namespace {space} is used up: asked {parts[1]}, used {parts[2]}, limit {parts[3]}; {_users(facts, space)}"
-        fix = f"kubectl -n {space} describe quota {first}; delete what is not needed, ask for less, or kubectl -n {space} edit quota {first}"
+        message = (
+            f"{short}: quota {first} of namespace {space} is used up: asked {parts[1]}, used "
+            f"{parts[2]}, limit {parts[3]}; {_users(facts, space)}"
+        )
+        fix = (
+            f"kubectl -n {space} describe quota {first}; delete what is not needed, ask for less, or "
+            f"kubectl -n {space} edit quota {first}"
+        )
     elif cause == "quota-needs-request":
         message = f"{short}: quota {first} counts {parts[1]}, so each container must set it"
         fix = f"set it in the pod template of {ref(maker)}, or a LimitRange with defaults in {space}"
@@ -81,12 +102,18 @@ def _refusal(facts: Facts, maker: Json, said: str) -> Finding:
         fix = f"kubectl -n {space} describe limitrange; change resources in {ref(maker)}"
     elif cause == "webhook-unanswered":
         message = f"{short}: the admission webhook {first} does not answer"
-        fix = "see the pods behind the webhook's service (kubectl get validatingwebhookconfigurations,mutatingwebhookconfigurations)"
+        fix = (
+            "see the pods behind the webhook's service (kubectl get "
+            "validatingwebhookconfigurations,mutatingwebhookconfigurations)"
+        )
     elif cause == "namespace-terminating":
         message, fix = f"{short}: namespace {space} is being deleted", "use another namespace"
     elif cause == "pod-security":
         message = f"{short}: namespace {space} enforces Pod Security {first}: {parts[1][:200]}"
-        fix = f"correct the securityContext in {ref(maker)}, or: kubectl label ns {space} pod-security.kubernetes.io/enforce=... --overwrite"
+        fix = (
+            f"correct the securityContext in {ref(maker)}, or: kubectl label ns {space} "
+            "pod-security.kubernetes.io/enforce=... --overwrite"
+        )
     elif cause == "priority-class-missing":
         message, fix = (
             f"{short}: there is no PriorityClass {first}",
@@ -137,8 +164,14 @@ def failed_jobs(facts: Facts) -> Iterator[Finding]:
         again = f"kubectl -n {namespace(job)} delete job {name(job)}, and apply it again"
         if reason == "DeadlineExceeded":
             limit = number(job, "spec", "activeDeadlineSeconds")
-            yield Finding("deadline-exceeded", (ref(job),), f"stopped: activeDeadlineSeconds is {limit}, which counts from its start and waiting for nodes too", evidence,
-                f"raise or leave out activeDeadlineSeconds; {again} (it resumes from its checkpoint)", pods)  # fmt: skip
+            yield Finding(
+                "deadline-exceeded",
+                (ref(job),),
+                f"stopped: activeDeadlineSeconds is {limit}, which counts from its start and waiting for nodes too",
+                evidence,
+                f"raise or leave out activeDeadlineSeconds; {again} (it resumes from its checkpoint)",
+                pods,
+            )
         elif reason == "PodFailurePolicy":
             yield Finding(
                 "pod-failure-policy",
@@ -172,117 +205,23 @@ def preempted(facts: Facts) -> Iterator[Finding]:
         _, space, called = about.split("/", 2)
         own = owner(pod) if pod else next((o for o in sorted(waits) if _made(o, space, called)), about)
         if own in waits or own == about:
-            yield Finding("preempted", (about,), "was evicted for a pod of a higher priority", (f'event Preempted of {about}: "{said}"',),
-                f"wait until GPUs are free (it resumes from its checkpoint), or give {own} a priorityClassName as high: kubectl get priorityclasses", (), (f"Preempted/{own}",))  # fmt: skip
+            yield Finding(
+                "preempted",
+                (about,),
+                "was evicted for a pod of a higher priority",
+                (f'event Preempted of {about}: "{said}"',),
+                (
+                    f"wait until GPUs are free (it resumes from its checkpoint), or give {own} a "
+                    "priorityClassName as high: kubectl get priorityclasses"
+                ),
+                (),
+                (f"Preempted/{own}",),
+            )
 
 
 def _made(maker: str, space: str, pod: str) -> bool:
-    _, within, called = (maker.split("/", 2) + ["", ""])[:3]
+    _, within, called = [*maker.split("/", 2), "", ""][:3]
     return within == space and re.fullmatch(rf"{re.escape(called)}-(\w+-)?\w+", pod) is not None
-
-
-def gangs(facts: Facts) -> list[tuple[Json, list[Json]]]:
-    """Jobs whose pods need each other, with those that are there."""
-    found = []
-    for job in facts.all("Job"):
-        indexed = at(job, "spec", "completionMode") == "Indexed"
-        pods = sorted(facts.pods_of[ref(job)], key=lambda p: (text(p, "metadata", "creationTimestamp"), name(p)))
-        template = table(job, "spec", "template")
-        if number(job, "spec", "parallelism") > 1 and not finished(job) and (indexed or meets_others(template)):
-            found.append((job, pods))
-    return found
-
-
-def deadlock(facts: Facts) -> Iterator[Finding]:
-    """Gangs that each hold a part of the GPUs that all wait for: none will ever start."""
-    half = []
-    for job, pods in gangs(facts):
-        placed = [p for p in pods if text(p, "spec", "nodeName") and phase(p) in ("Pending", "Running")]
-        without = [p for p in waiting(facts) if owner(p) == ref(job)]
-        if placed and without:
-            half.append((job, placed, without))
-    for job, placed, without in half:
-        others = [
-            other
-            for other, theirs, _ in half
-            if other is not job and any(_would_do(facts, held, p) for held in theirs for p in without)
-        ]
-        both = [
-            o for o in others if any(_would_do(facts, h, p) for h in placed for j, _, w in half if j is o for p in w)
-        ]
-        if both:
-            names = tuple(sorted(ref(each) for each in (job, *both)))
-            parts = "; ".join(f"{ref(j)} has {len(p)} of {len(p) + len(w)} pods" for j, p, w in half if ref(j) in names)
-            evidence = tuple(
-                f"{ref(p)} holds {text(p, 'spec', 'nodeName')}" for j, ps, _ in half if ref(j) in names for p in ps
-            )
-            yield Finding("gang-deadlock", names, f"each holds GPUs that the other waits for, and none can start: {parts}", evidence[:6],
-                f"kubectl -n {namespace(job)} delete job {names[-1].rpartition('/')[2]}, and start it when the other is done; gangs by Kueue (scheduling/gang.yaml) do not end here", (), tuple(f"Deadlock/{each}" for each in names))  # fmt: skip
-
-
-def _would_do(facts: Facts, held: Json, pod: Json) -> bool:
-    """Whether the place of one pod would be good for another, as far as GPUs go."""
-    node = facts.get(f"Node/{text(held, 'spec', 'nodeName')}")
-    gpus = {k: v for k, v in requests(pod).items() if is_gpu(k) and v}
-    if node is None or not gpus or not selected(pod, node) or barriers(pod, node):
-        return False
-    free, gained = facts.free(node), requests(held)
-    return all(free.get(k, 0) + gained.get(k, 0) >= v and gained.get(k, 0) > 0 for k, v in gpus.items())
-
-
-def incomplete(facts: Facts) -> Iterator[Finding]:
-    """A job of several ranks of which some run and wait for the one that does not."""
-    for job, pods in gangs(facts):
-        of_rank = ranks(job, pods)
-        total = number(job, "spec", "parallelism")
-        runs = sorted(r for r, p in of_rank.items() if phase(p) == "Running" and _up(p))
-        done = [r for r, p in of_rank.items() if phase(p) == "Succeeded"]
-        absent = [r for r in range(total) if r not in runs and r not in done]
-        if not runs or not absent:
-            continue
-        lacking = []
-        for r in absent:
-            pod = of_rank.get(r)
-            lacking.append(f"rank {r} " + (f"({name(pod)}: {_state(pod)})" if pod else "(no pod)"))
-        indexed = at(job, "spec", "completionMode") == "Indexed"
-        message = f"{len(runs)} of {total} ranks run and wait in the rendezvous for {', '.join(lacking[:6])}" + (
-            "" if indexed else "; ranks by order of creation, as the job is not Indexed"
-        )
-        needs = tuple(ref(of_rank[r]) for r in absent if r in of_rank)
-        evidence = tuple(f"{ref(of_rank[r])} status.phase: {phase(of_rank[r])}" for r in absent if r in of_rank) or (f"{ref(job)} status.active: {number(job, 'status', 'active')}",)  # fmt: skip
-        yield Finding(
-            "rendezvous-incomplete",
-            (ref(job),),
-            message,
-            evidence[:4],
-            "mend what keeps these ranks; torchrun gives up after its own timeout (--rdzv-conf join_timeout)",
-            (*needs, ref(job)),
-        )
-
-
-def _up(pod: Json) -> bool:
-    return all(table(s, "state", "running") for s in listed(pod, "status", "containerStatuses"))
-
-
-def _state(pod: Json) -> str:
-    """The most that is known of why a pod does not run, in a word."""
-    for status in listed(pod, "status", "containerStatuses"):
-        for kind in ("waiting", "terminated"):
-            if reason := text(status, "state", kind, "reason"):
-                return reason
-    return text(pod, "status", "reason") or phase(pod) or "unknown"
-
-
-def ranks(job: Json, pods: list[Json]) -> dict[int, Json]:
-    """Each rank's newest pod. A Job that is not Indexed gives none: then the order of creation stands for it."""
-    found: dict[int, Json] = {}
-    if at(job, "spec", "completionMode") == "Indexed" or any(rank(p) for p in pods):
-        for pod in pods:
-            if rank(pod).isdigit():
-                found[int(rank(pod))] = pod
-        return found
-    living = [p for p in pods if phase(p) != "Failed"]
-    return dict(enumerate(living))
 
 
 def queued(facts: Facts) -> Iterator[Finding]:
@@ -338,4 +277,4 @@ def rollouts(facts: Facts) -> Iterator[Finding]:
             )
 
 
-RULES = [refusals, failed_jobs, preempted, deadlock, incomplete, queued, rollouts]
+RULES = [refusals, failed_jobs, preempted, queued, rollouts]
