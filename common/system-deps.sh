@@ -5,13 +5,14 @@
 #   libaio-dev   for DeepSpeed's NVMe offload, chapter 5     g++                compiles it
 #   pdsh         starts the ranks of the deepspeed launcher on other hosts, chapter 5
 #   wrk          loads the routers of chapter 7, which a client in Python cannot
+#   dpkg-dev, xz-utils   unpack the sources of chapter 8's control plane     openssl   makes its key
 set -eu
 if ! command -v apt-get >/dev/null; then
-    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++, pdsh and wrk with your system's package manager" >&2
+    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++, pdsh, wrk and openssl with your system's package manager" >&2
     exit 0
 fi
 missing=""
-for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh wrk; do
+for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh wrk dpkg-dev xz-utils openssl; do
     dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
 done
 [ -z "$missing" ] && exit 0

@@ -145,14 +145,12 @@ def sglang_server(served_model: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """A Kubernetes control plane without nodes. Tests share it: each has a namespace and fake nodes of its own."""
-    from ch08_kubernetes.cluster.local import LocalCluster
+    from ch08_kubernetes.cluster.local import PATIENT, LocalCluster
     from common.exercises import missing_for
 
     if lacking := missing_for("kube"):
         pytest.skip(f"needs {lacking}")
-    # Nodes stay ready without a FakeKubelet; and it may be late, where the machine is busy.
-    patient = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
-    with LocalCluster(tmp_path_factory.mktemp("cluster"), controller_manager_options=patient) as made:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), controller_manager_options=PATIENT) as made:
         yield made
 
 

@@ -227,6 +227,24 @@ def test_a_job_completes(api, namespace, node, kubelet):
     assert get(api, path)["status"]["succeeded"] == 3
 
 
+def test_logs_are_what_the_annotation_says(cluster, api, namespace, pods, node, kubelet):
+    body = pod(namespace, on=node.name)
+    body["metadata"]["annotations"] = {fates.LOGS: "step 1\nstep 2\nCUDA out of memory\n"}
+    apply(api, body)
+    until(pods.ready, "pod ready")
+    assert cluster.kubectl("logs", "pod", "-n", namespace, "--tail=2").stdout == "step 2\nCUDA out of memory\n"
+    assert get_text(api, f"{pods.path}/pod/log") == "step 1\nstep 2\nCUDA out of memory\n"
+    refused = cluster.kubectl("logs", "pod", "-n", namespace, user="reader")
+    assert "forbidden" in refused.stderr
+
+
+def get_text(api: ApiClient, path: str) -> str:
+    answer = api.call_api(
+        path, "GET", auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True
+    )
+    return answer.data.decode()
+
+
 def test_a_second_kubelet_takes_over_what_runs(api, namespace, pods, node):
     with FakeKubelet(api, [node.name]):
         apply(api, pod(namespace, on=node.name))

@@ -6,6 +6,7 @@ A pod runs, is ready, and, if it is one that ends (restartPolicy Never or OnFail
     book/ready-after   seconds until it is ready: image pull, weights, warm-up
     book/run-for       seconds until one that ends has ended
     book/stops-after   seconds that it takes to stop when told to
+    book/logs          what its containers have printed, for kubectl logs
 
 Reasons, messages and phases are the kubelet's own (kubernetes/kubernetes, pkg/kubelet).
 """
@@ -19,6 +20,7 @@ from ch08_kubernetes.cluster.nodes import now
 from ch08_kubernetes.cluster.rest import Json
 
 FATE, READY_AFTER, RUN_FOR, STOPS_AFTER = "book/fate", "book/ready-after", "book/run-for", "book/stops-after"
+LOGS = "book/logs"
 WAITING = {  # reason: (what the event says, its message)
     "ImagePullBackOff": ("Failed", 'Failed to pull image "{image}": rpc error: code = NotFound desc = not found'),
     "CreateContainerConfigError": ("Failed", 'Error: secret "{name}" not found'),

@@ -1,4 +1,4 @@
-"""The kubelets of the fake nodes, in two threads: they run no container, and report of each pod as if they did.
+"""The kubelets of the fake nodes, in a few threads: they run no container, and report of each pod as if they did.
 
 with FakeKubelet(cluster.client()) as kubelet:
     ...                          # pods that the scheduler gives to a fake node become Running and Ready (fates.py)
@@ -25,6 +25,8 @@ from kubernetes.client.exceptions import NotFoundException as Gone
 from urllib3.exceptions import HTTPError
 
 from ch08_kubernetes.cluster import fates, nodes
+from ch08_kubernetes.cluster.keys import HOST
+from ch08_kubernetes.cluster.logs import LogServer
 from ch08_kubernetes.cluster.rest import STRATEGIC, Json, Watch, call, find, get
 
 LEASE_S = 10
@@ -64,12 +66,18 @@ class FakeKubelet:
         self._count = itertools.count(1)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
+        self._logs = LogServer(api)
         self._watch: Watch | None = None
         self._error: BaseException | None = None
         self._threads = [threading.Thread(target=self._guarded, args=(run,)) for run in (self._watch_pods, self._work)]
 
     def __enter__(self) -> FakeKubelet:
-        self._heartbeat()
+        self._logs.__enter__()
+        try:
+            self._heartbeat()
+        except BaseException:
+            self._logs.__exit__()
+            raise
         for thread in self._threads:
             thread.start()
         return self
@@ -81,6 +89,7 @@ class FakeKubelet:
             watch.stop()
         for thread in self._threads:
             thread.join()
+        self._logs.__exit__()
         if self._error:
             raise self._error
 
@@ -120,7 +129,10 @@ class FakeKubelet:
             call(self.api, "POST", nodes.LEASES, {"metadata": {"name": node}, "spec": spec})
 
     def _post(self, node: str, conditions: list[Json]) -> None:
-        call(self.api, "PATCH", f"/api/v1/nodes/{node}/status", {"status": {"conditions": conditions}}, patch=STRATEGIC)
+        self._patch(node, {"conditions": conditions})
+
+    def _patch(self, node: str, status: Json) -> None:
+        call(self.api, "PATCH", f"/api/v1/nodes/{node}/status", {"status": status}, patch=STRATEGIC)
 
     def _is_ours(self, node: str) -> bool:
         """Whether it is a living fake node that this one plays."""
@@ -131,6 +143,9 @@ class FakeKubelet:
             if found is None:
                 return False
             self._fake[node] = nodes.FAKE in found["metadata"].get("labels", {})
+            if self._fake[node]:  # where the API server is to ask for logs
+                address = {"addresses": [{"type": "InternalIP", "address": HOST}]}
+                self._patch(node, address | {"daemonEndpoints": {"kubeletEndpoint": {"Port": self._logs.port}}})
         return self._fake[node]
 
     # The pods' side.

@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,17 +28,19 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from ch08_kubernetes.cluster import build
+from ch08_kubernetes.cluster.keys import HOST, self_signed
 from ch08_kubernetes.cluster.rest import call
 from common import process
 from common.ranks import free_port
 from common.script import UserError
 
-HOST = "127.0.0.1"
 ADMIN, READER = "admin", "reader"
 # The API server writes its own address into the Endpoints of the service `kubernetes`, and takes no loopback there.
 ADVERTISED = "192.0.2.1"  # of RFC 5737: for documentation, nobody's
 # Alpha in v1.20, and on in every cluster today.
 GATES = "TTLAfterFinished=true,GenericEphemeralVolume=true,HPAContainerMetrics=true"
+# For nodes without a kubelet: the controller manager does not take them for dead. (40 s is usual.)
+PATIENT = {"node-monitor-grace-period": "30m", "node-startup-grace-period": "30m"}
 SAID = re.compile(r"^[EF]\d{4} .*?\] (.*)|^Error: (.*)|^error: (.*)")  # klog's errors, cobra's
 
 
@@ -95,7 +96,9 @@ class LocalCluster:
             self._stack.callback(remove, self.folder)
             self.folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             self.folder.chmod(0o700)
-            self._write_keys()
+            # One pair for all: of the API server, of its proxy to other API servers, and for signing tokens.
+            self_signed(self.folder)
+            self._write_tokens()
             self.kubeconfig_of(ADMIN)
             for name, options in self._flags().items():
                 words = [f"--{flag}={value}" for flag, value in options.items()]
@@ -155,31 +158,7 @@ class LocalCluster:
         """What one of the servers has printed so far."""
         return "".join(self._children[server].err)
 
-    def _write_keys(self) -> None:
-        """One key pair for all: of the API server, of its proxy to other API servers, and for signing tokens."""
-        if shutil.which("openssl") is None:
-            raise UserError(
-                "openssl is missing, which makes the server's key; install it (Debian: apt-get install openssl)"
-            )
-        command = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "365",
-            "-subj",
-            "/CN=local-cluster",
-        ]
-        command += ["-keyout", "tls.key", "-out", "tls.crt"]
-        names = f"IP:{HOST},DNS:localhost,DNS:kubernetes.default.svc"
-        for extension in (f"subjectAltName={names}", "keyUsage=critical,digitalSignature,keyCertSign"):
-            command += ["-addext", extension]
-        made = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise UserError(f"openssl made no key ({made.stderr.strip()[-200:]}); it must be 1.1.1 or newer")
+    def _write_tokens(self) -> None:
         tokens = self.folder / "tokens.csv"
         tokens.touch(mode=0o600)
         groups = {ADMIN: ',"system:masters"'}
