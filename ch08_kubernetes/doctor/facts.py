@@ -215,6 +215,9 @@ class Facts:
     def allocatable(self, node: Json) -> dict[str, Decimal]:
         return {key: amount(value) for key, value in table(node, "status", "allocatable").items()}
 
+    def capacity(self, node: Json) -> dict[str, Decimal]:
+        return {key: amount(value) for key, value in table(node, "status", "capacity").items()}
+
     def free(self, node: Json) -> dict[str, Decimal]:
         left = self.allocatable(node)
         for pod in self.held.get(name(node), []):

@@ -14,6 +14,7 @@ from ch08_kubernetes.cluster.nodes import H100, Node, remove_nodes
 from ch08_kubernetes.cluster.rest import Json, call, get
 from ch08_kubernetes.doctor.planting import (
     HOME,
+    TOLERATION,
     Planter,
     Step,
     adds,
@@ -25,6 +26,7 @@ from ch08_kubernetes.doctor.planting import (
     headless,
     job,
     mounting,
+    opens,
     pod,
     priority,
     puts,
@@ -99,6 +101,7 @@ SCALER = {
 }
 BIG = Node("n1", H100, 8, "96", "1000Gi")
 SECOND = replace(BIG, name="n2")
+KEPT = {"key": "book/kept", "value": "second", "effect": "NoSchedule"}  # until its own gang has it
 
 HEALTHY = Fault(
     "healthy",
@@ -187,15 +190,15 @@ FAULTS = [
     Fault(
         "deadlock",
         "gang-deadlock",
-        [BIG],
         [job("first", 8, 2)],
         then=("no-free-gpus", "rendezvous-incomplete"),
         says="1 of 2 pods",
         steps=(
             running(1),
-            puts(priority("%s", 100, "Never"), job("second", 8, 2, priorityClassName="%s")),
-            adds(SECOND),
+            adds(replace(SECOND, taints=[KEPT])),
+            puts(job("second", 8, 2, tolerations=[TOLERATION, {"key": "book/kept", "operator": "Exists"}])),
             running(2),
+            opens("n2"),
         ),
     ),
     Fault("readiness", "readiness-fails", objects=[deployment("serve", 1, 1, fates.NEVER_READY)]),

@@ -99,7 +99,7 @@ def incomplete(facts: Facts) -> Iterator[Finding]:
         lacking = []
         for r in absent:
             pod = of_rank.get(r)
-            lacking.append(f"rank {r} " + (f"({name(pod)}: {_state(pod)})" if pod else "(no pod)"))
+            lacking.append(f"rank {r} " + (f"({name(pod)}: {state(pod)})" if pod else "(no pod)"))
         indexed = at(job, "spec", "completionMode") == "Indexed"
         message = f"{len(runs)} of {total} ranks run and wait in the rendezvous for {', '.join(lacking[:6])}" + (
             "" if indexed else "; ranks by order of creation, as the job is not Indexed"
@@ -122,7 +122,7 @@ def _up(pod: Json) -> bool:
     return all(table(s, "state", "running") for s in listed(pod, "status", "containerStatuses"))
 
 
-def _state(pod: Json) -> str:
+def state(pod: Json) -> str:
     """The most that is known of why a pod does not run, in a word."""
     for status in listed(pod, "status", "containerStatuses"):
         for kind in ("waiting", "terminated"):

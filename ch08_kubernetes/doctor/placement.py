@@ -204,9 +204,8 @@ def _asked(pod: Json) -> list[tuple[str, list[str]]]:
     """(label, values) that a pod wants of a node."""
     found = [(key, [str(value)]) for key, value in sorted(table(pod, "spec", "nodeSelector").items())]
     for term in terms(pod):
-        for rule in listed(term, "matchExpressions"):
-            if rule.get("operator") in ("In", "Exists", "Gt", "Lt"):
-                found.append((text(rule, "key"), [str(v) for v in at(rule, "values") or []]))
+        rules = [r for r in listed(term, "matchExpressions") if r.get("operator") in ("In", "Exists", "Gt", "Lt")]
+        found += [(text(rule, "key"), [str(v) for v in at(rule, "values") or []]) for rule in rules]
     return found
 
 

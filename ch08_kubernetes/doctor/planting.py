@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +15,7 @@ from ch08_kubernetes.cluster.apply import apply
 from ch08_kubernetes.cluster.kubelet import FakeKubelet
 from ch08_kubernetes.cluster.nodes import Node, add_nodes, conditions
 from ch08_kubernetes.cluster.rest import STRATEGIC, Json, call, get
+from common.script import UserError
 
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 
@@ -133,6 +136,16 @@ def cordons(name: str) -> Step:
     return lambda at: at.patch_node(name, {"spec": {"unschedulable": True}}) or True  # type: ignore[func-returns-value]
 
 
+def opens(name: str) -> Step:
+    """Takes the taints away."""
+
+    def open_(at: Planter) -> bool:
+        call(at.api, "PATCH", f"/api/v1/nodes/{at.space}-{name}", {"spec": {"taints": None}})
+        return True
+
+    return open_
+
+
 def dies(name: str) -> Step:
     """What the node controller says when a kubelet has been silent for its grace period."""
 
@@ -159,3 +172,35 @@ def claim(name: str, storage_class: str | None = None) -> Json:
 
 def mounting(name: str, of: str) -> Json:
     return pod(name, volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": of}}])
+
+
+def put_and_wait(
+    api: ApiClient,
+    space: str,
+    marks: dict[str, str],
+    objects: list[Json],
+    *,
+    placed: int,
+    refused: int = 0,
+    timeout_s: float = 60,
+) -> None:
+    """Apply objects in a namespace with these labels, until the scheduler has placed and refused so many pods.
+
+    Raises:
+        UserError: it has not, in time.
+    """
+    head: Json = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space, "labels": marks}}
+    apply(api, [head, *objects], namespace=space)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        states = Counter(
+            c["status"]
+            for pod in get(api, f"/api/v1/namespaces/{space}/pods")["items"]
+            for c in pod["status"].get("conditions", [])
+            if c["type"] == "PodScheduled"
+        )
+        if states["True"] == placed and states["False"] == refused:
+            return
+        if time.monotonic() > deadline:
+            raise UserError(f"{dict(states)} pods of {space} are placed after {timeout_s:g} s; see the scheduler's log")
+        time.sleep(0.05)

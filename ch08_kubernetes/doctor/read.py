@@ -83,7 +83,7 @@ def take(api: ApiClient, space: str | None = None) -> Snapshot:
         for kind, plural, versions, inside in KINDS:
             for within in _scopes(kind, inside, space):
                 try:
-                    found.objects += _list(api, kind, plural, versions, within)
+                    found.objects += listing(api, kind, plural, versions, within)
                     break
                 except ApiException as error:
                     if error.status != 403:
@@ -119,11 +119,17 @@ def _scopes(kind: str, inside: bool, space: str | None) -> list[str | None]:
     return [None, space] if kind in EVERYWHERE else [space]
 
 
-def _list(api: ApiClient, kind: str, plural: str, versions: tuple[str, ...], space: str | None) -> list[Json]:
+def listing(api: ApiClient, kind: str, plural: str, versions: tuple[str, ...], space: str | None) -> list[Json]:
+    """All objects of a kind, by the first version that is served, in pages; none if no version is.
+
+    Raises:
+        ApiException: 403 where that is forbidden.
+    """
     for version in versions:
         path = f"/{version}/namespaces/{space}/{plural}" if space else f"/{version}/{plural}"
         try:
-            items, more = [], ""
+            items: list[Json] = []
+            more = ""
             while True:
                 page = _page(api, path, kind in NAMES_ONLY, more)
                 items += page.get("items") or []

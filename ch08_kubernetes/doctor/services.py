@@ -179,7 +179,8 @@ def autoscalers(facts: Facts) -> Iterator[Finding]:
                 ),
             )
 
-        target = f"{text(hpa, 'spec', 'scaleTargetRef', 'kind')}/{namespace(hpa)}/{text(hpa, 'spec', 'scaleTargetRef', 'name')}"
+        scaled = table(hpa, "spec", "scaleTargetRef")
+        target = f"{text(scaled, 'kind')}/{namespace(hpa)}/{text(scaled, 'name')}"
         active, able, limited = (table(states, kind) for kind in ("ScalingActive", "AbleToScale", "ScalingLimited"))
         if able.get("status") == "False" and text(able, "reason") == "FailedGetScale":
             yield Finding(
