@@ -5,8 +5,8 @@ Laptop      python -m ch08_kubernetes.jobs demo           (on a local cluster: o
             python -m ch08_kubernetes.jobs submit --overlay 8xh100 --nodes 4 --dry-run -- ch04_fsdp/train_fsdp.py
 Cluster     python -m ch08_kubernetes.jobs submit --overlay 8xh100 --name llama --nodes 4 -- ch04_fsdp/train_fsdp.py
             python -m ch08_kubernetes.jobs watch llama; python -m ch08_kubernetes.jobs logs llama --follow
-You see     a line when something changes, the doctor's finding if nothing does, and an exit code: 0 if the job completed,
-            1 if it failed, 2 for a mistake
+You see     a line when something changes, the doctor's finding if nothing does, and an exit code: 0 if the job
+            completed, 1 if it failed, 2 for a mistake
 """
 
 from __future__ import annotations

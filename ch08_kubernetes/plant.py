@@ -22,6 +22,8 @@ from ch08_kubernetes.doctor.diagnosis import diagnose
 from ch08_kubernetes.doctor.findings import Finding, inside, lines
 from common import script
 
+SOON = {"horizontal-pod-autoscaler-sync-period": "2s"}  # instead of 15 s
+
 
 def named(fault: faults.Fault, found: list[Finding], space: str) -> bool:
     """Whether the cause is the first finding and the only root, with its consequences below it."""
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     chosen = [fault for fault in faults.FAULTS if not args.only or fault.name in args.only]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plant-")))
-        cluster = stack.enter_context(LocalCluster(folder / "cluster"))
+        cluster = stack.enter_context(LocalCluster(folder / "cluster", controller_manager_options=SOON))
         api = stack.enter_context(cluster.client())
         kubelet = stack.enter_context(FakeKubelet(api))
         planted = {}

@@ -124,7 +124,8 @@ def _exit(facts: Facts, pod: Json, container: Json, code: int, reason: str) -> t
 def budget_s(container: Json) -> tuple[int, str]:
     """Seconds that probes give a container to come up, and by which field. 0 if none can kill it."""
     for kind, otherwise in (("startupProbe", 3), ("livenessProbe", 3)):
-        if probe := table(container, kind):
+        if at(container, kind) is not None:
+            probe = table(container, kind)
             each = number(probe, "periodSeconds") or 10
             tries = number(probe, "failureThreshold") or otherwise
             return number(probe, "initialDelaySeconds") + each * tries, kind
@@ -195,7 +196,7 @@ def refused_by_node(facts: Facts) -> Iterator[Finding]:
                 f"evicted: its node ran low on {what}",
                 evidence,
                 f"in {owner(pod)}: {fix}",
-                causes(facts, pod),
+                (*causes(facts, pod), f"Pressure/{text(pod, 'spec', 'nodeName')}"),
             )
         elif phase(pod) == "Failed" and reason in ("UnexpectedAdmissionError", "OutOfnvidia.com/gpu"):
             yield Finding(

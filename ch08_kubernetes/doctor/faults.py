@@ -190,7 +190,7 @@ FAULTS = [
     Fault(
         "deadlock",
         "gang-deadlock",
-        [job("first", 8, 2)],
+        objects=[job("first", 8, 2)],
         then=("no-free-gpus", "rendezvous-incomplete"),
         says="1 of 2 pods",
         steps=(

@@ -12,7 +12,7 @@ ORDER: list[str] = """
 webhook-down apiservice-down namespace-terminating
 node-silent node-not-ready node-pressure gpu-not-seen gpu-labels-missing
 quota-exceeded quota-needs-request limit-range pod-security priority-class-missing service-account-missing
-webhook-unanswered refused
+webhook-unanswered namespace-closed refused
 queue-missing no-queue-quota suspended
 storage-class-missing no-storage-class volume-not-provisioned volume-claim-missing
 service-selector service-missing

@@ -133,7 +133,7 @@ def _registry(image: str) -> str:
 
 def causes(facts: Facts, pod: Json) -> tuple[str, ...]:
     node = text(pod, "spec", "nodeName")
-    return (f"Node/{node}", ref(pod), *(f"PersistentVolumeClaim/{namespace(pod)}/{c}" for c in claims(pod)))
+    return (f"Lost/{node}", ref(pod), *(f"PersistentVolumeClaim/{namespace(pod)}/{c}" for c in claims(pod)))
 
 
 def claims(pod: Json) -> list[str]:

@@ -50,6 +50,7 @@ def nodes(facts: Facts) -> Iterator[Finding]:
                     f"reach it ({name(node)}): systemctl status kubelet; if it is lost: kubectl delete "
                     f"node {name(node)}, which frees its pods"
                 ),
+                gives=(f"Lost/{name(node)}",),
             )
         elif state.get("status") == "False":
             yield Finding(
@@ -58,6 +59,7 @@ def nodes(facts: Facts) -> Iterator[Finding]:
                 f"its kubelet says that it is not ready: {text(state, 'message')}",
                 (evidence,),
                 f"on {name(node)}: journalctl -u kubelet; systemctl status containerd",
+                gives=(f"Lost/{name(node)}",),
             )
         for kind, what in PRESSURES.items():
             state = condition(node, kind)
@@ -71,6 +73,7 @@ def nodes(facts: Facts) -> Iterator[Finding]:
                         f"on {name(node)}: free {what} (images: crictl rmi --prune); set requests and "
                         "limits of the pods there"
                     ),
+                    gives=(f"Pressure/{name(node)}",),
                 )
 
 
@@ -135,7 +138,7 @@ def terminating(facts: Facts) -> Iterator[Finding]:
                     f"kubelet; at last kubectl -n {namespace(pod)} delete pod {name(pod)} --force "
                     "--grace-period=0"
                 ),
-                (f"Node/{text(pod, 'spec', 'nodeName')}",),
+                (f"Lost/{text(pod, 'spec', 'nodeName')}",),
             )
 
 

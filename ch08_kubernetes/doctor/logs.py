@@ -77,7 +77,7 @@ def signatures(facts: Facts) -> Iterator[Finding]:
                     what,
                     (f'log of {about}: "{line.strip()[:200]}"',),
                     fix,
-                    (f"Node/{text(pod, 'spec', 'nodeName')}",),
+                    (f"Lost/{text(pod, 'spec', 'nodeName')}",),
                 )
                 break
 

@@ -7,6 +7,7 @@ the nodes that a pod may use at all are found first, and what these lack is the 
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -21,6 +22,7 @@ from ch08_kubernetes.doctor.facts import (
     listed,
     name,
     namespace,
+    number,
     owner,
     phase,
     ref,
@@ -150,13 +152,20 @@ def _why(facts: Facts, pod: Json, evidence: str) -> Finding:
         if outside := [at_node for at_node, (_, taints) in shut.items() if taints]:
             message += f"; shut by taints: {', '.join(outside)}"
         cause = "no-free-gpus" if is_gpu(key) else "no-free-room"
+        fix = "wait, delete one of the holders, give the pod a higher priorityClassName, or add a node"
+        job = facts.get(owner(pod)) or {}
+        together = wanted[key] * number(job, "spec", "parallelism")
+        room = sum((facts.allocatable(node).get(key, Decimal(0)) for node in open_to), Decimal(0))
+        if together > room:  # waiting will not help
+            message += f"; {ref(job)} wants {show(together, key)} together, and these nodes have {show(room, key)}"
+            fix = f"fewer pods in {ref(job)} (parallelism, completions, NNODES), or more nodes"
         return finding(
             cause,
             message,
-            "wait, delete one of the holders, give the pod a higher priorityClassName, or add a node",
+            fix,
             blind + hurt,
         )
-    if "affinity" in evidence or "topology spread" in evidence:
+    if re.search(r"pod affinity|anti-affinity|topology spread", evidence):
         return finding(
             "pod-placement",
             "nodes have room, and pod affinity, anti-affinity or topology spread forbids them",

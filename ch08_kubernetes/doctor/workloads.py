@@ -31,7 +31,7 @@ REFUSALS = [  # cause, the server's words
     ("quota-needs-request", r"failed quota: (\S+): must specify ([\w./,:;\- ]+)"),
     ("limit-range", r"(?:maximum|minimum|max limit|min limit)[^,;]*? per (?:Container|Pod)[^\]]*"),
     ("webhook-unanswered", r"failed calling (?:admission )?webhook \"([^\"]+)\""),
-    ("namespace-terminating", r"because it is being terminated"),
+    ("namespace-closed", r"because it is being terminated"),
     ("pod-security", r"violates PodSecurity \"([^\"]+)\": (.+)"),
     ("priority-class-missing", r"no PriorityClass with name (\S+) was found"),
     (
@@ -106,7 +106,7 @@ def _refusal(facts: Facts, maker: Json, said: str) -> Finding:
             "see the pods behind the webhook's service (kubectl get "
             "validatingwebhookconfigurations,mutatingwebhookconfigurations)"
         )
-    elif cause == "namespace-terminating":
+    elif cause == "namespace-closed":
         message, fix = f"{short}: namespace {space} is being deleted", "use another namespace"
     elif cause == "pod-security":
         message = f"{short}: namespace {space} enforces Pod Security {first}: {parts[1][:200]}"
