@@ -45,7 +45,7 @@ GPU = "nvidia.com/gpu"
 def cluster(args: argparse.Namespace) -> Iterator[ApiClient]:
     """The reader's, if one is named or up; else one on this machine, with fake nodes, for as long as this runs."""
     running = target.state()
-    if target.pointed_at(args) or (running and running.alive()):
+    if not args.local and (target.pointed_at(args) or (running and running.alive())):
         yield target.connect(args).api
         return
     with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder) / "cluster") as local:
@@ -96,6 +96,7 @@ def wait(there: Callable[[], Any], what: str, timeout_s: float) -> Any:
 def main(argv: list[str] | None = None) -> dict:
     parser = script.parser(__doc__)
     target.add_flags(parser)
+    parser.add_argument("--local", action="store_true", help="a cluster of its own, whatever KUBECONFIG says")
     parser.add_argument("--image", help="with torch for CUDA in it, if not the manifest's own (images/Dockerfile)")
     parser.add_argument(
         "--timeout-s", type=script.positive, default=300, help="until when the pods must be placed and done"

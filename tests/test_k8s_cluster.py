@@ -303,8 +303,7 @@ def test_a_dead_kubelet_makes_its_node_unreachable_beside_another_cluster(cluste
             kubelet.silence("dies")
             seen = until(lambda: unknown(get(api, "/api/v1/nodes/dies")), "its node is Unknown")
             assert condition(seen, "Ready")["reason"] == "NodeStatusUnknown"
-            lives = get(api, "/api/v1/nodes/lives")
-            assert condition(lives, "Ready")["status"] == "True"
+            until(lambda: taints(api, "lives") == {"nvidia.com/gpu"}, "the other is not")
             kubelet.revive("dies")
             until(lambda: taints(api, "dies") == {"nvidia.com/gpu"}, "back without the taint")
             kubelet.fail("dies", "container runtime is down")
@@ -519,6 +518,14 @@ def test_published_custom_resources_are_served_and_checked(api, namespace):
     delete(api, good)
 
 
+def test_a_cluster_of_ones_own_is_taught_nothing(cluster, nowhere, tmp_path):
+    path = tmp_path / "object.json"
+    body = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "r"}, "spec": {}}
+    path.write_text(json.dumps(body))
+    said = told("apply", str(path), "--kubeconfig", str(cluster.kubeconfig))
+    assert said == "the server (v1.20.2) has no RayCluster in ray.io/v1; install what defines it"
+
+
 def test_a_published_definition_loses_what_the_server_refuses_and_says_so(api):
     schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {
         "a": {"type": "string", "nullable": True, "default": None, convert.RULES: [{"rule": "self != 'x'"}]}}}}}  # fmt: skip
@@ -533,8 +540,8 @@ def test_a_published_definition_loses_what_the_server_refuses_and_says_so(api):
     report = apply(api, crd)
     (notes,) = report.conversions.values()
     assert notes == [
-        "CEL rules taken out of 1 places of the schema",
-        "null defaults taken out of 1 places of the schema",
+        "CEL rules taken out of the schema: 1",
+        "null defaults taken out of the schema: 1",
     ]
     delete(api, crd)
 
@@ -706,6 +713,16 @@ def test_what_a_dead_up_left_is_found_and_cleared_away(nowhere, capsys):
     assert not nowhere.exists()
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(nowhere, capsys):
+    nowhere.mkdir()
+    (nowhere / "mine").write_text("kept")
+    assert "no cluster wrote it" in told("up", "--local", "--folder", str(nowhere))
+    command.main(["down", "--folder", str(nowhere)])
+    assert capsys.readouterr().out == "no cluster of this checkout is up\n"
+    assert (nowhere / "mine").read_text() == "kept"
+    assert "cannot write to" in told("up", "--local", "--folder", str(nowhere / "mine" / "new"))
+
+
 FAKE_KIND = """#!{python}
 import pathlib, shutil, sys
 log = pathlib.Path({log!r})
@@ -761,8 +778,7 @@ def recipe(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_two_builders_make_it_once_and_leave_only_what_is_built(recipe, tmp_path):
     target_folder = recipe(f"mkdir bin; sleep 0.3; echo built >> {tmp_path}/count; touch bin/etcd")
     stale = target_folder.with_name(f".{target_folder.name}.partial")
-    (stale / "deep").mkdir(parents=True)
-    (stale / "deep").chmod(0o500)  # of a build that was killed
+    (stale / "deep").mkdir(parents=True)  # of a build whose machine went down
     threads = [threading.Thread(target=build.main) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -773,6 +789,26 @@ def test_two_builders_make_it_once_and_leave_only_what_is_built(recipe, tmp_path
     assert sorted(p.name for p in target_folder.parent.iterdir()) == sorted(
         [target_folder.name, f".{target_folder.name}.lock"]
     )
+
+
+KILLED_BUILD = """
+from pathlib import Path
+from ch08_kubernetes.cluster import build
+build.RECIPE, build.debian_mirror = Path({recipe!r}), lambda: "http://127.0.0.1:1/debian"
+build.main()
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing(recipe, tmp_path):
+    target_folder = recipe("touch begun; exec sleep 3600")
+    beside = target_folder.with_name(f".{target_folder.name}.partial")
+    program = KILLED_BUILD.format(recipe=str(tmp_path / "recipe.sh"))
+    with process.Child([sys.executable, "-c", program]) as child:
+        until((beside / "begun").exists, "it is building")
+        (pid,) = processes_in(beside)
+        os.kill(child.process.pid, signal.SIGKILL)
+        until(lambda: not beside.exists() and not psutil.pid_exists(pid), "folder and process are gone")
+    assert not build.built()
 
 
 def test_a_build_that_fails_leaves_a_log_and_nothing_built(recipe, capsys):

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             paths = (os.path.abspath(part) for part in str(found.kubeconfig).split(os.pathsep))
             print(f"export KUBECONFIG={os.pathsep.join(paths)}")
         else:
-            print(apply.apply(found.api, args.manifests, namespace=args.namespace, dry_run=args.dry_run))
+            how = {"namespace": args.namespace, "dry_run": args.dry_run, "define": found.ours}
+            print(apply.apply(found.api, args.manifests, **how))
     except (ApiException, HTTPError) as error:
         raise as_user_error(error, found.url) from None
 

@@ -66,6 +66,7 @@ def apply(
     *,
     namespace: str = "default",
     dry_run: bool = False,
+    define: bool = True,
     timeout_s: float = 30,
 ) -> Report:
     """Create or change objects: CRDs and namespaces first, the rest in order.
@@ -74,6 +75,8 @@ def apply(
         sources: objects, files, or folders (a kustomization is rendered), or several of them.
         namespace: of objects that name none.
         dry_run: the server checks all, admission included, and keeps nothing but custom resource definitions.
+        define: teach the server the published custom resources that it lacks. Not for a cluster where an operator is
+            to do so: nothing acts on them here.
         timeout_s: for a namespace or a definition until it can be used.
 
     Raises:
@@ -84,7 +87,7 @@ def apply(
     found = sorted(objects(sources), key=lambda body: FIRST.get(body.get("kind", ""), 3))
     for body in found:
         of(body)
-        _put(server, body, namespace, dry_run, timeout_s, report)
+        _put(server, body, namespace, dry_run, define, timeout_s, report)
     return report
 
 
@@ -128,10 +131,18 @@ def _title(resource: Resource, namespace: str, name: str) -> str:
     return "/".join([resource.kind, *([namespace] if resource.namespaced else []), name])
 
 
-def _put(server: Server, body: Json, namespace: str, dry_run: bool, timeout_s: float, report: Report) -> None:
+def _put(
+    server: Server, body: Json, namespace: str, dry_run: bool, define: bool, timeout_s: float, report: Report
+) -> None:
     sent, notes = convert.converted(body, server)
     version, kind, name = of(sent)
-    resource = server.resource(version, kind) or _taught(server, version, kind, timeout_s, report)
+    resource = server.resource(version, kind)
+    if resource is None and define:
+        resource = _taught(server, version, kind, timeout_s, report)
+    if resource is None:
+        served = ", ".join(v for v in server.versions(group_of(version)) if server.resource(v, kind))
+        other = f"it serves {served}: write that" if served else "install what defines it"
+        raise UserError(f"the server ({server.version}) has no {kind} in {version}; {other}")
     within = sent["metadata"].get("namespace", namespace)
     title = _title(resource, within, name)
     query = {"dryRun": "All"} if dry_run and kind != "CustomResourceDefinition" else {}
@@ -156,18 +167,15 @@ def _put(server: Server, body: Json, namespace: str, dry_run: bool, timeout_s: f
         _until(lambda: _has_account(server, name), f"{title} has no service account for its pods", timeout_s)
 
 
-def _taught(server: Server, version: str, kind: str, timeout_s: float, report: Report) -> Resource:
-    """Define a custom resource from its published schema."""
+def _taught(server: Server, version: str, kind: str, timeout_s: float, report: Report) -> Resource | None:
+    """Define a custom resource from its published schema, if that is here."""
     source = CRDS / f"{kind.lower()}.{group_of(version)}.json"
-    if source.is_file():
-        cut = json.loads(source.read_text(encoding="utf-8"))
-        if version == f"{cut['group']}/{cut['version']}":
-            _put(server, convert.definition(cut), "", False, timeout_s, report)
-            if resource := server.resource(version, kind):
-                return resource
-    served = ", ".join(v for v in server.versions(group_of(version)) if server.resource(v, kind))
-    other = f"it serves {served}" if served else "install what defines it"
-    raise UserError(f"the server ({server.version}) has no {kind} in {version}; {other}")
+    if not source.is_file():
+        return None
+    cut = json.loads(source.read_text(encoding="utf-8"))
+    if version == f"{cut['group']}/{cut['version']}":
+        _put(server, convert.definition(cut), "", False, False, timeout_s, report)
+    return server.resource(version, kind)
 
 
 def _is_served(server: Server, definition: Json) -> bool:

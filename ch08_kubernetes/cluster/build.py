@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ch08_kubernetes.cluster.ending import folder_guard, interrupted_by_signals
 from common import process
 from common.bootstrap import KUBE_RECIPE, ROOT, control_plane
 from common.script import UserError
 
 RECIPE = ROOT / KUBE_RECIPE
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
-TOOLS = {"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "dpkg-source": "dpkg-dev", "xz": "xz-utils"}
+TOOLS = {"apt-get": "apt", "dpkg-deb": "dpkg", "dpkg-source": "dpkg-dev", "xz": "xz-utils"}
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 ELSEWHERE = "run a cluster with kind, or point --kubeconfig at one of yours"
 TIMEOUT_S = 3600
@@ -93,33 +94,25 @@ def build(target: Path) -> None:
     mirror = debian_mirror()
     if shutil.disk_usage(target.parent).free < DISK_GB * 10**9:
         raise UserError(f"less than {DISK_GB} GB are free in {target.parent}; make room, or set XDG_CACHE_HOME")
-    beside = target.with_name(f".{target.name}.partial")
-    remove(beside)  # of a build that was killed
-    beside.mkdir()
     print(f"building the control plane in {target} (about 5 minutes on 2 cores)", flush=True)
-    try:
-        with process.Child(
-            ["bash", RECIPE, mirror], cwd=beside, on_line=lambda line: print(f"  {line}", flush=True)
-        ) as child:
+    beside = target.with_name(f".{target.name}.partial")
+    with folder_guard(beside):
+        shutil.rmtree(beside, ignore_errors=True)  # where the machine itself went down
+        beside.mkdir()
+        with process.Child(["bash", RECIPE, mirror], cwd=beside, on_line=show) as child:
             done = child.wait(TIMEOUT_S)
         if done.returncode or done.timed_out:
             log = target.with_name(f"{target.name}.log")
             log.write_text(done.stdout + done.stderr, encoding="utf-8")
             why = done.reason(TIMEOUT_S)
             raise UserError(f"the control plane could not be built ({why}); see {log}, or {ELSEWHERE}")
-        made = beside / "made"
-        made.mkdir()
-        (beside / "bin").rename(made / "bin")
-        made.rename(target)
-    finally:
-        remove(beside)
+        (beside / "made").mkdir()
+        (beside / "bin").rename(beside / "made" / "bin")
+        (beside / "made").rename(target)
 
 
-def remove(path: Path) -> None:
-    """Delete a tree; Go leaves parts of its module cache without write permission."""
-    if path.exists():
-        subprocess.run(["chmod", "-R", "u+w", path], check=False)
-        shutil.rmtree(path)
+def show(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def main() -> int:
@@ -139,4 +132,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interrupted_by_signals():
+        code = main()
+    sys.exit(code)

@@ -7,7 +7,8 @@ it drops in silence, since it does not know the field, is found by comparing wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from ch08_kubernetes.cluster.discovery import Server, group_of
@@ -121,53 +122,43 @@ def definition(cut: Json) -> Json:
 
 
 def _structural(schema: Json) -> Json:
-    def change(node: Json) -> None:
+    for node in schemas(schema):
         if node.pop("x-pod-spec", False):
             node |= {"type": "object", PRESERVE: True}
         if node.get("additionalProperties") is False:
             del node["additionalProperties"]  # unknown fields are dropped in any case
-        kinds = node.get("type")
-        if isinstance(kinds, list):
+        if isinstance(node.get("type"), list):
+            kinds = node.pop("type")
             if "null" in kinds:
                 node["nullable"] = True
-            kinds = [kind for kind in kinds if kind != "null"]
-            node["type"] = kinds[0]
-            if len(kinds) > 1:
-                del node["type"]
-                node["x-kubernetes-int-or-string"] = True
-
-    walk(schema, "", lambda node, _: change(node))
+                kinds = [kind for kind in kinds if kind != "null"]
+            node |= {"type": kinds[0]} if len(kinds) == 1 else {"x-kubernetes-int-or-string": True}
     return schema
 
 
 def downgrade(body: Json) -> list[str]:
-    """Take out of a CustomResourceDefinition what a server before CEL refuses; say what, and from how many places."""
-    taken: dict[str, int] = {}
-
-    def take(node: Json, key: str, what: str) -> None:
-        del node[key]
-        taken[what] = taken.get(what, 0) + 1
-
-    def change(node: Json, path: str) -> None:
-        if RULES in node:
-            take(node, RULES, "CEL rules")
-        if "default" in node and node["default"] is None:
-            take(node, "default", "null defaults")
-
+    """Take out of a CustomResourceDefinition what a server before CEL refuses; what that was, and how often."""
+    taken: Counter[str] = Counter()
     for version in body["spec"].get("versions", []):
-        walk(version.get("schema", {}).get("openAPIV3Schema", {}), "", change)
-    return [f"{what} taken out of {count} places of the schema" for what, count in taken.items()]
+        for node in schemas(version.get("schema", {}).get("openAPIV3Schema")):
+            if RULES in node:
+                taken["CEL rules"] += len(node.pop(RULES))
+            if node.get("default", ...) is None:
+                del node["default"]
+                taken["null defaults"] += 1
+    return [f"{what} taken out of the schema: {count}" for what, count in taken.items()]
 
 
-def walk(node: Any, path: str, change: Callable[[Json, str], None]) -> None:
-    """Call `change` on each schema in a schema: of fields, of items, of alternatives."""
+def schemas(node: Any) -> Iterator[Json]:
+    """A schema and all in it: of fields, of items, of alternatives. Each may be changed when it comes."""
     if not isinstance(node, dict):
         return
-    change(node, path)
-    for name, inner in (node.get("properties") or {}).items():
-        walk(inner, f"{path}.{name}", change)
-    for key in ("items", "additionalProperties", "not"):
-        walk(node.get(key), f"{path}[]", change)
+    yield node
+    inner = [
+        *(node.get("properties") or {}).values(),
+        *(node.get(key) for key in ("items", "additionalProperties", "not")),
+    ]
     for key in ("allOf", "anyOf", "oneOf"):
-        for inner in node.get(key) or []:
-            walk(inner, path, change)
+        inner += node.get(key) or []
+    for each in inner:
+        yield from schemas(each)

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 
 from kubernetes.client import ApiClient
 from kubernetes.client.exceptions import ApiException
-from kubernetes.client.exceptions import NotFoundException as Gone
 from urllib3.exceptions import HTTPError
 
 from ch08_kubernetes.cluster import fates, nodes
@@ -69,12 +68,15 @@ class FakeKubelet:
         self._logs = LogServer(api)
         self._watch: Watch | None = None
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._guarded, args=(run,)) for run in (self._watch_pods, self._work)]
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(run,))
+            for run in (self._keep_beating, self._watch_pods, self._work)
+        ]
 
     def __enter__(self) -> FakeKubelet:
         self._logs.__enter__()
         try:
-            self._heartbeat()
+            self._beat()
         except BaseException:
             self._logs.__exit__()
             raise
@@ -108,16 +110,19 @@ class FakeKubelet:
 
     # The node's side.
 
-    def _heartbeat(self) -> None:
+    def _keep_beating(self) -> None:
+        while not self._stopped.wait(self.lease_s):
+            with contextlib.suppress(ApiException, HTTPError):  # the server is away, or a node was just removed
+                self._beat()
+
+    def _beat(self) -> None:
         for node in get(self.api, "/api/v1/nodes", labelSelector=nodes.FAKE)["items"]:
             name = node["metadata"]["name"]
             states = {c["type"]: c["status"] for c in node["status"].get("conditions", [])}
-            with contextlib.suppress(Gone):
-                if self._is_ours(name):
-                    if states.get("Ready") == "Unknown":  # it was taken for dead
-                        self._post(name, nodes.conditions())
-                    self._renew(name)
-        self._later(self.lease_s, self._heartbeat)
+            if self._is_ours(name):
+                if states.get("Ready") == "Unknown":  # it was taken for dead
+                    self._post(name, nodes.conditions())
+                self._renew(name)
 
     def _renew(self, node: str) -> None:
         renewed = {"renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")}

@@ -51,7 +51,7 @@ class LocalCluster:
         folder: where keys, logs, state and kubeconfigs lie. It must not exist, or be empty.
         port: of the API server; any free one if None.
         apiserver_options, controller_manager_options, scheduler_options: further flags, without the dashes in front:
-            {"horizontal-pod-autoscaler-sync-period": "2s"}. They go before the ones here.
+            {"horizontal-pod-autoscaler-sync-period": "2s"}. They win over the ones here.
         timeout_s: until when it must be ready.
 
     Attributes:
@@ -154,10 +154,6 @@ class LocalCluster:
                 return f"{name} has ended: {why(child.err)}"
         return ""
 
-    def log_of(self, server: str) -> str:
-        """What one of the servers has printed so far."""
-        return "".join(self._children[server].err)
-
     def _write_tokens(self) -> None:
         tokens = self.folder / "tokens.csv"
         tokens.touch(mode=0o600)
@@ -225,8 +221,7 @@ class LocalCluster:
         return self._answers("/api/v1/namespaces/default/serviceaccounts/default")
 
     def _answers(self, path: str) -> bool:
-        with self.client() as api:
-            api.configuration.retries = 0
+        with client_of(self.kubeconfig, retries=False) as api:
             try:
                 call(api, "GET", path)
             except (ApiException, HTTPError):
@@ -241,9 +236,10 @@ class Server(process.Child):
         self.stop(grace_s=0)
 
 
-def client_of(kubeconfig: Path) -> client.ApiClient:
+def client_of(kubeconfig: Path, retries: bool | None = None) -> client.ApiClient:
     """A client for a server on this machine: past any proxy that the environment names."""
     settings = client.Configuration()
+    settings.retries = retries
     config.load_kube_config(str(kubeconfig), client_configuration=settings)
     settings.proxy = None
     return client.ApiClient(settings)

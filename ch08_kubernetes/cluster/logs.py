@@ -1,7 +1,7 @@
 """What fake containers have printed: the one port of a kubelet that the API server itself asks, for `kubectl logs`.
 
-GET /containerLogs/NAMESPACE/POD/CONTAINER?tailLines=N answers with the pod's annotation `book/logs` (path and query: see
-kubernetes, pkg/kubelet/server). With --follow the answer ends where the text ends.
+GET /containerLogs/NAMESPACE/POD/CONTAINER?tailLines=N answers with the pod's annotation `book/logs`. With --follow the
+answer ends where the text ends. (Path and query: kubernetes/kubernetes, pkg/kubelet/server.)
 """
 
 from __future__ import annotations

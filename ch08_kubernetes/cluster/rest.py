@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -94,7 +95,8 @@ class Watch:
             self._answer.close()
 
     def stop(self) -> None:
-        self._answer.shutdown()
+        with contextlib.suppress(ValueError, OSError):  # it has ended by itself
+            self._answer.shutdown()
 
 
 def reason_of(error: ApiException) -> str:

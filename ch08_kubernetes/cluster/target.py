@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,7 @@ class Target:
     Attributes:
         origin: where it was found, in words.
         kubeconfig: None inside a pod.
+        ours: `up` started it, and it goes when that ends.
     """
 
     api: client.ApiClient
@@ -41,6 +42,7 @@ class Target:
     origin: str
     kubeconfig: Path | None
     context: str | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def connect(args: argparse.Namespace, folder: Path = FOLDER) -> Target:
         if not running.kubeconfig:
             raise UserError("`up` is still starting its cluster; wait until it says that it is ready")
         path = Path(running.kubeconfig)
-        return checked(_settings(str(path), None), f"{running.provider}, started by `up`", path)
+        found = checked(_settings(str(path), None), f"{running.provider}, started by `up`", path)
+        return replace(found, ours=True)
     raise UserError("no cluster; start one with python -m ch08_kubernetes.cluster up, or pass --kubeconfig")
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 from kubernetes import client
 
+from ch08_kubernetes.cluster.ending import folder_guard, interrupted_by_signals
 from ch08_kubernetes.cluster.kubelet import FakeKubelet
 from ch08_kubernetes.cluster.local import LocalCluster, client_of, remove
 from ch08_kubernetes.cluster.nodes import Node, add_nodes
@@ -27,18 +27,6 @@ from common.script import UserError
 
 KIND_CONFIG = process.ROOT / "ch08_kubernetes" / "setup" / "kind.yaml"
 KIND_TIMEOUT_S = 600
-# Beside `up`: it learns of its end by the pipe, even by SIGKILL, and clears up what is left by then.
-GUARD = """
-import os, shutil, subprocess, sys, time
-sys.stdin.read()
-if sys.argv[2:]:
-    subprocess.run(sys.argv[2:], capture_output=True)
-for _ in range(300):
-    shutil.rmtree(sys.argv[1], ignore_errors=True)
-    if not os.path.exists(sys.argv[1]):
-        break
-    time.sleep(0.1)
-"""
 
 
 def provider() -> str:
@@ -57,19 +45,21 @@ def claimed(folder: Path, mine: State) -> Iterator[None]:
     Raises:
         UserError: another `up` of this checkout has it. What a dead one left is cleared away.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); name another --folder") from None
-    if (there := state(folder)) and there.alive():
-        raise UserError(
-            f"a cluster of this checkout is up already (pid {there.pid}); use it: eval "
-            '"$(python -m ch08_kubernetes.cluster env)", or end it: python -m ch08_kubernetes.cluster down'
-        )
-    if folder.exists():
+    if there := state(folder):
+        if there.alive():
+            raise UserError(
+                f"a cluster of this checkout is up already (pid {there.pid}); use it: eval "
+                '"$(python -m ch08_kubernetes.cluster env)", or end it: python -m ch08_kubernetes.cluster down'
+            )
         print("clearing away what a cluster left that was killed", flush=True)
         remove(folder)
-    beside = Path(tempfile.mkdtemp(prefix=".cluster-", dir=folder.parent))
+    elif folder.exists():
+        raise UserError(f"{folder} is there, and no cluster wrote it; remove it, or name another --folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".cluster-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); name another --folder") from None
     write(beside, mine)
     try:
         beside.rename(folder)
@@ -78,22 +68,6 @@ def claimed(folder: Path, mine: State) -> Iterator[None]:
         raise UserError("another `up` of this checkout starts right now; use that one") from None
     with folder_guard(folder):
         yield
-
-
-@contextlib.contextmanager
-def folder_guard(folder: Path, *command: str) -> Iterator[None]:
-    """Whatever ends this process, the folder goes, after `command` was run."""
-    guard = subprocess.Popen(
-        [sys.executable, "-c", GUARD, str(folder), *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        guard.communicate()
 
 
 def write(folder: Path, mine: State) -> None:
@@ -150,24 +124,6 @@ def welcome(api: client.ApiClient, nodes: list[Node], kubeconfig: Path, which: s
     print("Ctrl-C ends it, or from another terminal: python -m ch08_kubernetes.cluster down", flush=True)
 
 
-@contextlib.contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, once: what is cleared away then is not interrupted again."""
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def interrupt(*_: object) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {kind: signal.signal(kind, interrupt) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def down(folder: Path, timeout_s: float = 60) -> str:
     """End the `up` of this checkout, from another process; in words, what was done.
 
@@ -175,9 +131,9 @@ def down(folder: Path, timeout_s: float = 60) -> str:
         UserError: it does not end in time.
     """
     there = state(folder)
-    if there is None and not folder.exists():
+    if there is None:
         return "no cluster of this checkout is up"
-    if there is None or not there.alive():
+    if not there.alive():
         remove(folder)
         return "the cluster was dead; cleared away what it left"
     os.kill(there.pid, signal.SIGTERM)
