@@ -21,7 +21,7 @@ pytest.importorskip("promql_parser", reason="needs promql-parser: make setup")
 from ch03_ddp import options as ddp_options
 from ch04_fsdp import options as fsdp_options
 from ch08_kubernetes.lint import __main__ as lint
-from ch08_kubernetes.lint import group_rules, objects, pod_rules, promql, schemas, trim_crds
+from ch08_kubernetes.lint import cel_rules, group_rules, objects, pod_rules, promql, schemas, trim_crds
 from ch08_kubernetes.lint.names_of import declared, samples
 from ch08_kubernetes.training import rank
 
@@ -38,6 +38,10 @@ BAD = [
     ("training/operators/trainjob.yaml", "numNodes: 4", "numNodes: four", "schema"),
     ("training/operators/rayjob.yaml", "ray.io/v1\n", "ray.io/v1alpha1\n", "schema"),
     ("scheduling/kueue.yaml", "cohortName: gpu-pool", "cohort: gpu-pool", "schema"),
+    ("scheduling/kueue.yaml", "  cohortName: gpu-pool\n", "", "cel"),
+    ("scheduling/kueue.yaml", "    - nodeLabel: kubernetes.io/hostname\n", "    - nodeLabel: kubernetes.io/hostname\n"
+     "    - nodeLabel: x\n", "cel"),
+    ("scheduling/kueue.yaml", "operator: Exists\n", "operator: Exists\n      value: x\n", "cel"),
     ("scheduling/kueue.yaml", "name: speech\nspec", "name: speech\n  namespace: x\nspec", "schema"),
     ("setup/gpu-operator-values.yaml", "maxParallelUpgrades: 1", "maxParalelUpgrades: 1", "schema"),
     ("inference/vllm.yaml", 'cpu: "8"\n', 'cpu: "8"\n              nvidia.com/gpu: 2\n', "gpu-request"),
@@ -155,7 +159,7 @@ def test_a_fault_is_found(tmp_path: Path, name: str, old: str, new: str, rule: s
 
 
 def test_every_rule_has_a_fault_that_it_finds() -> None:
-    rules = {"yaml", "schema", "promql", "keda", *pod_rules.RULES, *group_rules.RULES}
+    rules = {"yaml", "schema", "cel", "promql", "keda", *pod_rules.RULES, *group_rules.RULES}
     assert rules == {case[3] for case in BAD}
 
 
@@ -235,6 +239,30 @@ def test_a_trimmed_schema_is_strict_and_keeps_its_pods() -> None:
     assert schemas.with_pods(made)["properties"]["pod"] == schemas.POD_SPEC
 
 
+def test_cel_rules_see_defaults_and_errors_and_only_what_is_there() -> None:
+    rule = {"rule": "self.kind == 'a' || has(self.size)", "message": "only a has no size"}
+    of_list = {"rule": "self.all(x, x.kind != 'c')"}
+    old = {"rule": "self == oldSelf", "message": "cannot be changed"}
+    fields = {"kind": {"type": "string", "default": "a"}, "size": {"type": "integer"}}
+    item = {"type": "object", "properties": fields, "x-kubernetes-validations": [rule, old]}
+    items = {"type": "array", "items": item, "x-kubernetes-validations": [of_list]}
+    schema = {"properties": {"list": items, "map": {"additionalProperties": item}}}
+    assert cel_rules.broken(schema, {"list": [{}, {"kind": "b", "size": 1}], "map": {"x": {"kind": "a"}}}) == []
+    assert cel_rules.broken(schema, {"list": [{}, {"kind": "b"}], "map": {"x": {"kind": "c"}}}) == [
+        "list[1]: only a has no size; correct it", "map.x: only a has no size; correct it",
+    ]  # fmt: skip
+    (found,) = cel_rules.broken(schema, {"list": [{"kind": "c", "size": 1}]})
+    assert found == "list: self.all(x, x.kind != 'c') does not hold; correct it"
+    no_default = {"x-kubernetes-validations": [{"rule": "self.missing > 1"}]}
+    assert "cannot be evaluated" in cel_rules.broken(no_default, {"other": 1})[0]
+
+
+def test_a_check_changes_nothing() -> None:
+    data: dict[str, object] = {}
+    cel_rules.broken({"properties": {"kind": {"default": "a"}}}, data)
+    assert data == {}
+
+
 def test_every_custom_resource_says_where_it_is_from() -> None:
     for crd in schemas.custom().values():
         assert re.fullmatch(r"\S+/\S+ @ [0-9a-f]{40} : \S+", crd["source"])
@@ -251,7 +279,8 @@ def test_a_quantity_that_is_none() -> None:
 
 
 def test_every_file_says_apply_check_clean() -> None:
-    for path in [*CHAPTER.rglob("*.yaml"), *CHAPTER.rglob("*.sh"), *CHAPTER.rglob("Dockerfile")]:
+    scripts = [path for path in CHAPTER.rglob("*.sh") if path.parent.name != "cluster"]  # that one is build.py's
+    for path in [*CHAPTER.rglob("*.yaml"), *scripts, *CHAPTER.rglob("Dockerfile")]:
         head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True)[:20] if line.startswith("#"))
         part = re.search(r"see (kustomization\.yaml) for Apply / Check / Clean and prerequisites", head)
         assert part or all(re.search(rf"^# {word}\b", head, re.M) for word in ("Prerequisites", "Check")), path

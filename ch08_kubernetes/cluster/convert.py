@@ -151,8 +151,8 @@ def downgrade(body: Json) -> list[str]:
     def change(node: Json, path: str) -> None:
         if RULES in node:
             take(node, RULES, "CEL rules")
-        if "default" in node and node["default"] is None:
-            take(node, "default", "null defaults")
+        if node.get("default", 0) in (None, ""):  # it reads both as null
+            take(node, "default", "empty defaults")
 
     for version in body["spec"].get("versions", []):
         walk(version.get("schema", {}).get("openAPIV3Schema", {}), "", change)

@@ -18,6 +18,7 @@ import kubernetes_validate
 import referencing
 from referencing.jsonschema import DRAFT202012
 
+from ch08_kubernetes.lint import cel_rules
 from ch08_kubernetes.lint.objects import Finding, Object
 
 KUBERNETES = "1.37"
@@ -83,7 +84,11 @@ def check(owner: Object) -> Iterator[Finding]:
             return
     if not owner.metadata.get("name") and not owner.metadata.get("generateName"):
         yield owner.finding("schema", "metadata.name is missing; name it")
-    yield from errors(owner, schema, owner.data)
+    faults = list(errors(owner, schema, owner.data))
+    yield from faults
+    if crd and not faults:
+        for message in cel_rules.broken(schema, owner.data):
+            yield owner.finding("cel", message)
 
 
 def errors(owner: Object, schema: dict[str, Any], data: Any, prefix: str = "") -> Iterator[Finding]:

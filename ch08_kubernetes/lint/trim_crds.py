@@ -2,7 +2,7 @@
 
     python -m ch08_kubernetes.lint.trim_crds FOLDER        (FOLDER: the published files and a SOURCES.md beside them)
 
-Descriptions, defaults, status and old versions go. A pod's spec inside becomes a reference: the checker takes the one
+Descriptions, status and old versions go. A pod's spec inside becomes a reference: the checker takes the one
 of the current Kubernetes version. What is left lies in crds/, a file a kind, with the commit that it was cut from.
 Source of the format: apiextensions.k8s.io/v1, CustomResourceDefinition, structural schemas.
 """
@@ -47,6 +47,8 @@ def trimmed(schema: dict[str, Any]) -> dict[str, Any]:
     if {"containers", "initContainers", "restartPolicy", "nodeSelector"} <= set(fields):
         return dict(POD_SPEC)
     kept = {key: schema[key] for key in KEPT if key in schema}
+    if schema.get("default") is not None:
+        kept["default"] = schema["default"]
     if "x-kubernetes-validations" in kept:
         rules = kept["x-kubernetes-validations"]
         kept["x-kubernetes-validations"] = [{k: r[k] for k in ("rule", "message") if k in r} for r in rules]
