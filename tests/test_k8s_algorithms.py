@@ -153,7 +153,8 @@ def test_manifests_are_read() -> None:
     (custom,) = objects("ch08_kubernetes/autoscaling/hpa-custom.yaml")
     hpa = HPA.read(custom["spec"])
     assert (hpa.minimum, hpa.maximum, hpa.up.window_s, hpa.down.window_s) == (1, 8, 0, 900)
-    assert hpa.down.policies == [Policy("Pods", 1, 300)] and hpa.up.select == "Max"
+    assert hpa.down.policies == [Policy("Pods", 1, 300)]
+    assert hpa.up.select == "Max"
     # A burst of 40 waiting requests: 1 -> 3 (two pods more) at once, and half a minute later nothing more.
     assert hpa.decide(0, 1, [total_desired(1, 40, 4)]) == 3
     assert hpa.decide(30, 3, [total_desired(3, 40, 4)]) == 3

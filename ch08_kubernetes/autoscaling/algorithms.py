@@ -25,8 +25,8 @@ def within_tolerance(ratio: float, tolerance: float = TOLERANCE) -> bool:
 
 
 # desired = ceil(ready pods x metric / target), and the same number where metric / target is in 1 +- tolerance.
-# Pods without a metric count as at their target when it is to be fewer and as at 0 when it is to be more; so do, when it
-# is to be more, pods that are not ready yet. If that turns the direction around, nothing changes.
+# Pods without a metric count as at their target when it is to be fewer, and as at 0 when it is to be more; as at 0 then
+# also pods that are not ready yet. If that turns the direction around, nothing changes.
 def pods_desired(
     current: int, metrics: Mapping[str, float], target: float, *, missing: int = 0, unready: int = 0,
     tolerance: float = TOLERANCE,
@@ -91,7 +91,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rules:
-    """spec.behavior.scaleUp or .scaleDown. select: Max lets the policy win that changes most, Min the one that least."""
+    """spec.behavior.scaleUp or .scaleDown. `select`: Max or Min, the policy that changes most or least."""
 
     window_s: float
     policies: Sequence[Policy]

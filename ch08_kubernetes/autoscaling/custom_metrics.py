@@ -135,10 +135,10 @@ class MetricsServer:
             if parts[0] == "apis" and served in CUSTOM + EXTERNAL:
                 if len(parts) == 3:
                     return 200, _resources(served)
-                if served in CUSTOM and parts[3] == "namespaces" and parts[5:7] == ["pods", "*"] and len(parts) == 8:
-                    if self.of_pods:
-                        found = self.of_pods(parts[4], parts[7], query.get("labelSelector", ""))
-                        return 200, _custom(served, parts[4], parts[7], found)
+                of_pods = parts[3] == "namespaces" and parts[5:7] == ["pods", "*"] and len(parts) == 8
+                if served in CUSTOM and of_pods and self.of_pods:
+                    found = self.of_pods(parts[4], parts[7], query.get("labelSelector", ""))
+                    return 200, _custom(served, parts[4], parts[7], found)
                 if served in EXTERNAL and parts[3] == "namespaces" and len(parts) == 6 and self.external:
                     return 200, _external(parts[5], self.external(parts[4], parts[5]))
         except (KeyError, IndexError):

@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import json
 import math
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +179,6 @@ class Engine:
 
     @contextlib.contextmanager
     def load(self) -> Iterator[None]:
-        import json
-        import urllib.request
-
         body = {"model": self.model, "prompt": "def f(", "max_tokens": 100, "ignore_eos": True}
         stop = threading.Event()
 
@@ -246,7 +246,10 @@ def main(argv: list[str] | None = None) -> dict:
         run.log(**vars(each))
         print(f"{each.at_s - seen[0].at_s:5.1f} {each.queue:6.0f} {each.pods:5} {each.running:8}"
               f" {each.controller or 0:11} {each.computed:9}")  # fmt: skip
-    path = [seen[0].pods, *(after.pods for before, after in zip(seen, seen[1:], strict=False) if after.pods != before.pods)]
+    path = [
+        seen[0].pods,
+        *(after.pods for before, after in itertools.pairwise(seen) if after.pods != before.pods),
+    ]
     down = [s for s in seen if s.queue == 0]
     first_less = next((s.at_s for s in down if s.controller is not None and s.controller < 3), math.nan)
     return {
