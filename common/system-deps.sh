@@ -6,13 +6,14 @@
 #   pdsh         starts the ranks of the deepspeed launcher on other hosts, chapter 5
 #   wrk          loads the routers of chapter 7, which a client in Python cannot
 #   dpkg-dev, xz-utils   unpack the sources of chapter 8's control plane     openssl   makes its key
+#   prometheus, redis-server   answer chapter 8's queries and hold its queue; started by the exercises alone
 set -eu
 if ! command -v apt-get >/dev/null; then
-    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++, pdsh, wrk and openssl with your system's package manager" >&2
+    echo "no apt-get here: install util-linux, numactl, iproute2, slurm, munge, libaio, g++, pdsh, wrk, openssl, prometheus and redis with your system's package manager" >&2
     exit 0
 fi
 missing=""
-for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh wrk dpkg-dev xz-utils openssl; do
+for package in util-linux numactl iproute2 munge slurmctld slurmd slurm-client libaio-dev g++ pdsh wrk dpkg-dev xz-utils openssl prometheus redis-server; do
     dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
 done
 [ -z "$missing" ] && exit 0
@@ -30,7 +31,7 @@ fi
 apt-get update -qq
 # shellcheck disable=SC2086
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
-for service in munge slurmctld slurmd; do
+for service in munge slurmctld slurmd prometheus redis-server; do
     case " $missing " in
     *" $service "*) systemctl disable --quiet "$service" 2>/dev/null || true ;;
     esac
