@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ch08_kubernetes.autoscaling import simulate
 from ch08_kubernetes.autoscaling.algorithms import (
     HPA,
     KEDA,
@@ -159,3 +163,43 @@ def test_manifests_are_read() -> None:
     assert hpa.decide(0, 1, [total_desired(1, 40, 4)]) == 3
     assert hpa.decide(30, 3, [total_desired(3, 40, 4)]) == 3
     assert hpa.decide(61, 3, [total_desired(3, 40, 4)]) == 6
+
+
+# ---------------------------------------------------------------- the simulation
+
+
+@pytest.mark.parametrize(("pods", "slots", "rate"), [(1, 1, 0.075), (3, 2, 0.45)])
+def test_a_fixed_number_of_pods_is_m_m_c(pods: int, slots: int, rate: float) -> None:
+    """The mean wait of Erlang C: C(c, a) / (c / s - rate); and the share that waits at all is C."""
+    service_s, end_s = 8.0, 100_000 / rate  # at 0.6 of what they can do: the mean of so many is 3 % off
+    rng = np.random.default_rng(3)
+    times = np.sort(rng.uniform(0, end_s, rng.poisson(rate * end_s)))
+    world = simulate.World(slots, service_s, 0, np.random.default_rng(4))
+    simulate.play(times, simulate.fixed(pods), world, pods, end_s + 3600)
+    assert len(world.waits_s) == len(times)
+    servers = pods * slots
+    wait = simulate.erlang_c(servers, rate * service_s)
+    assert np.mean(np.array(world.waits_s) > 0) == pytest.approx(wait, rel=0.05)
+    assert np.mean(world.waits_s) == pytest.approx(wait / (servers / service_s - rate), rel=0.1)
+    assert world.pod_seconds == pytest.approx(pods * world.now)
+
+
+def test_pods_are_ready_after_a_cold_start_and_finish_what_they_serve() -> None:
+    world = simulate.World(1, 1e-9, 60.0, np.random.default_rng(0))
+    wanted = {0.0: 1, 15.0: 2, 90.0: 1}
+    rows = simulate.play(np.array([10.0]), lambda now, w: wanted.get(now, len(w.pods)), world, 0, 120.0)
+    assert [(second, ready) for second, ready, _ in rows] == [
+        (0, 0), (15, 0), (30, 0), (45, 0), (60, 1), (75, 2), (90, 2), (105, 1), (120, 1),
+    ]  # fmt: skip
+    assert world.waits_s == [50.0]  # from its arrival until the first pod was ready
+    assert (world.started, world.pod_seconds) == (2, 120 + 75)
+
+
+def test_the_simulation_serves_all_and_zero_saves_hours_at_night(tmp_path: Path) -> None:
+    words = ["--cold-start", "45", "--burst", "6", "--night", "0.001", "--run-dir"]
+    first = simulate.main([*words, str(tmp_path / "a")])
+    assert first == simulate.main([*words, str(tmp_path / "b")])
+    assert first["unserved"] == 0
+    assert first["keda_to_zero_45_gpu_hours"] < first["keda_45_gpu_hours"]
+    assert first["keda_45_late"] < first["hpa_on_the_queue_45_late"]
+    assert (tmp_path / "a" / "autoscaling.png").stat().st_size > 10_000

@@ -121,7 +121,7 @@ def test_killed_workers_lose_nothing_and_each_request_is_answered_once(store: tu
                 "told_to_stop": True,
             }
             answered += drained.result["answered"]
-        with worker(url, engine.url, "--idle-exit", "1") as last:
+        with worker(url, engine.url, "--idle-exit", "1", "--lease-s", "1") as last:
             done = last.wait(90)
     assert done.result is not None, done.stderr
     assert answered + done.result["answered"] == 20
@@ -150,7 +150,7 @@ def test_poison_ends_in_the_dead_letters(store: tuple[str, redis.Redis]) -> None
     client.lpush("prompts", "no json", json.dumps({"id": "ok", "prompt": "x", "max_tokens": 4}))
     client.lpush("prompts", json.dumps({"id": "killer", "prompt": "x", "max_tokens": 4}))
     client.hset("prompts:tries", "killer", "3")  # three workers have died of it
-    with FakeServer() as engine, worker(url, engine.url, "--idle-exit", "1") as child:
+    with FakeServer() as engine, worker(url, engine.url, "--idle-exit", "1", "--lease-s", "1") as child:
         done = child.wait(60)
     assert done.result is not None, done.stderr
     assert (done.result["answered"], done.result["dead"]) == (1, 2)

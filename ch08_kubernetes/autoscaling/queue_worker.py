@@ -165,11 +165,13 @@ def work(queue: Queue, engine: str, model: str, stop: threading.Event, args: arg
     """Take, ask, write; until told to stop, or idle for so long, or one is done with --once."""
     count: Counter[str] = Counter()
     idle_since = time.monotonic()
+    # Not before a lease: what a dead worker holds can be had only then, and for an empty list nobody else is started.
+    patience_s = None if args.idle_exit is None else max(args.idle_exit, queue.lease_s + POLL_S)
     while not stop.is_set():
         count["reclaimed"] += queue.reclaim()
         request = queue.take(POLL_S)
         if request is None:
-            if args.idle_exit is not None and time.monotonic() - idle_since >= args.idle_exit:
+            if patience_s is not None and time.monotonic() - idle_since >= patience_s:
                 break
             continue
         try:
@@ -245,7 +247,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", required=True, metavar="NAME", help="of waiting requests")
     parser.add_argument("--engine", required=True, metavar="URL", help="an OpenAI-compatible server")
     parser.add_argument("--once", action="store_true", help="end after one request")
-    parser.add_argument("--idle-exit", type=script.positive, metavar="SECONDS", help="end after so long without work")
+    parser.add_argument(
+        "--idle-exit", type=script.positive, metavar="SECONDS", help="end after so long without work, and a lease"
+    )
     parser.add_argument("--lease-s", type=script.positive, default=LEASE_S, help="without a heartbeat: dead")
     parser.add_argument("--max-tries", type=script.at_least(1), default=MAX_TRIES, help="then it is a dead letter")
     parser.add_argument("--request-timeout-s", type=script.positive, default=100, help="below the pod's grace period")
