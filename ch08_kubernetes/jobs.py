@@ -241,9 +241,7 @@ def parse_args(argv: list[str] | None):  # type: ignore[no-untyped-def]
     for key in ("submit", "watch", "logs", "list", "cancel"):
         each[key].add_argument("-n", "--namespace", default="training")
         target.add_flags(each[key])
-    each["submit"].add_argument(
-        "--overlay", default="single-gpu", help="of training/overlays: dev, single-gpu, 8xh100, rdma"
-    )
+    each["submit"].add_argument("--overlay", default="single-gpu", help="dev, single-gpu, 8xh100 or rdma")
     each["submit"].add_argument("--name", default=job_spec.OLD)
     each["submit"].add_argument("--nodes", type=script.at_least(1), help="pods")
     each["submit"].add_argument("--gpus", type=script.at_least(0), help="of each pod")
@@ -279,9 +277,8 @@ def main(argv: list[str] | None = None) -> dict:
         if args.command == "watch":
             return ended(watch(api, args.namespace, args.name, stuck_s=args.stuck_s, timeout_s=args.timeout_s))
         if args.command == "logs":
-            return ended(
-                job_logs.logs(api, args.namespace, args.name, follow=args.follow, tail=args.tail, out=sys.stdout)
-            )
+            words = {"follow": args.follow, "tail": args.tail, "out": sys.stdout}
+            return ended(job_logs.logs(api, args.namespace, args.name, **words))
         if args.command == "cancel":
             print(cancel(api, args.namespace, args.name))
             return {"cancelled": args.name}
