@@ -47,7 +47,7 @@ def follow_pod(api: ApiClient, pod: Json, prefix: str, printer: Printer, *, foll
             _request_timeout=(30, IDLE_S),
         )
         rest = b""
-        for chunk in answer.stream(None, decode_content=False):
+        while chunk := answer.read1(2**16):  # what is there, whether the server sends in chunks or not
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 printer.line(prefix, line.decode("utf-8", "replace"))
