@@ -132,8 +132,9 @@ class LocalCluster:
             "contexts": [{"name": "local", "context": {"cluster": "local", "user": user}}],
             "current-context": "local",
         }
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(content, indent=2), encoding="utf-8")  # JSON is YAML
+        if not path.exists():  # once: the servers read the admin's while they start
+            path.touch(mode=0o600)
+            path.write_text(json.dumps(content, indent=2), encoding="utf-8")  # JSON is YAML
         return path
 
     def kubectl(self, *words: str, user: str = ADMIN, timeout_s: float = 60) -> process.Finished:
