@@ -101,8 +101,11 @@ async def on_server(url: str, running: list[load.Request], long: load.Request) -
 
 def figures(gaps: Gaps, ttft_ms: float) -> dict[str, float]:
     """The longest gap after the long prompt came, and the median one before it."""
+    after = [ms for at_s, ms in gaps if at_s > 0]
+    if not after:
+        raise script.UserError("all answers had ended when the long prompt came; let them be longer (--tokens)")
     return {
-        "itl_ms_max": max(ms for at_s, ms in gaps if at_s > 0),
+        "itl_ms_max": max(after),
         "itl_ms_before": statistics.median(ms for at_s, ms in gaps if at_s <= 0),
         "long_ttft_ms": ttft_ms,
     }
