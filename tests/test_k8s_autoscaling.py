@@ -17,7 +17,7 @@ from ch08_kubernetes.autoscaling.queue_worker import Queue
 from common import process, script
 from common.exercises import missing_for
 from common.ranks import free_port
-from tests.openai_fake import FakeServer
+from tests.openai_fake import Does, FakeServer
 
 WORKER = [sys.executable, "-m", "ch08_kubernetes.autoscaling.queue_worker", "--list", "prompts"]
 
@@ -175,3 +175,19 @@ def test_a_workers_mistakes_are_one_line(store: tuple[str, redis.Redis]) -> None
         assert done.stderr.startswith("error: ")
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_is_away_makes_no_dead_letters(store: tuple[str, redis.Redis]) -> None:
+    """Its refusals are not the request's fault, however many there are."""
+    url, client = store
+    keys = put(client, 1)
+    with FakeServer() as engine:
+        engine.script.extend([Does(status=503)] * 3)
+        with worker(url, engine.url, "--max-tries", "1", "--idle-exit", "1", "--lease-s", "1") as child:
+            done = child.wait(60)
+    assert done.result is not None, done.stderr
+    assert {name: done.result[name] for name in ("answered", "given_back", "dead")} == {
+        "answered": 1, "given_back": 3, "dead": 0,
+    }  # fmt: skip
+    assert set(client.hkeys("prompts:results")) == keys
+    assert set(client.keys("prompts*")) == {"prompts:results"}

@@ -186,6 +186,7 @@ def work(queue: Queue, engine: str, model: str, stop: threading.Event, args: arg
             count["dead"] += 1
         except EngineAway as error:
             queue.give_back(request)
+            queue.redis.hincrby(queue.tries, key, -1)  # not the request's fault
             count["given_back"] += 1
             print(f"given back: {error}", flush=True)
             stop.wait(POLL_S)

@@ -19,8 +19,10 @@ set -euo pipefail
 TOLD_TO_LEAVE=$(mktemp --dry-run)
 export TOLD_TO_LEAVE # is there once this pod was told to
 
+agent=
 leave() {
     : >"$TOLD_TO_LEAVE"
+    [ -n "$agent" ] || exit 143 # nothing has begun
     ranks=$(pgrep --parent "$agent" || true)
     for rank in $ranks; do kill -TERM "$rank" 2>/dev/null || true; done
     for rank in $ranks; do tail --pid="$rank" -f /dev/null; done # the kubelet's grace period is the time-out
