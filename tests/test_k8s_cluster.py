@@ -843,3 +843,18 @@ def test_the_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build.main() == 2
     assert "cannot write the cache" in capsys.readouterr().err
+
+
+def test_a_namespace_that_is_deleted_with_its_pods_does_not_end_the_kubelet(api):
+    """While it goes no event may be written there; the pods go all the same, and others are still played."""
+    add_nodes(api, [Node("going", cpu="64")])
+    try:
+        with FakeKubelet(api, ["going"]) as kubelet:
+            apply(api, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "going"}})
+            for number in range(10):
+                call(api, "POST", "/api/v1/namespaces/going/pods", pod("going", f"p-{number}"))
+            call(api, "DELETE", "/api/v1/namespaces/going")
+            until(lambda: find(api, "/api/v1/namespaces/going") is None, "the end of the namespace")
+            assert kubelet._error is None
+    finally:
+        remove_nodes(api, ["going"])

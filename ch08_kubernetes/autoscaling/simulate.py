@@ -229,6 +229,8 @@ def main(argv: list[str] | None = None) -> dict:
             rng = np.random.default_rng(args.seed + 1)
             world = World(args.slots, args.service_s, cold_start_s, rng)
             rows = play(times, make(), world, peak if name.startswith("fixed") else 1, end_s)
+            if not world.waits_s:
+                raise script.UserError("no request came in three hours; take a higher --night, --day or --burst")
             waits = np.array(world.waits_s)
             late = float((waits > args.slo_s).mean())
             hours = world.pod_seconds / 3600

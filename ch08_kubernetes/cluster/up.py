@@ -71,7 +71,9 @@ def claimed(folder: Path, mine: State) -> Iterator[None]:
 
 
 def write(folder: Path, mine: State) -> None:
-    (folder / "state.json").write_text(json.dumps(asdict(mine)), encoding="utf-8")
+    beside = folder / ".state.json"
+    beside.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+    beside.rename(folder / "state.json")  # whole, or not there
 
 
 @contextlib.contextmanager
