@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ch08_kubernetes.lint.objects import quantity
 from ch08_kubernetes.scheduling import gang_scheduler
 from ch08_kubernetes.scheduling.cases import CASES
 from ch08_kubernetes.scheduling.gang_scheduler import (
@@ -18,10 +17,8 @@ from ch08_kubernetes.scheduling.gang_scheduler import (
     Gang,
     free_on,
     gangs,
-    matches,
     may_run,
     place,
-    tolerated,
 )
 from ch08_kubernetes.scheduling.scene import Scene, pod
 from ch08_kubernetes.scheduling.show import main
@@ -113,12 +110,14 @@ def test_free_is_what_running_pods_leave() -> None:
     assert free_on([a_node("n", 8)], [runs, ended, a_pod(3, 1)])["n"] == {GPU: 5, "cpu": 63, "pods": 109}
 
 
-def test_a_request_is_the_sum_over_containers_and_at_least_an_init_containers() -> None:
+def test_a_sidecar_counts_and_a_pod_is_one_of_the_nodes_pods() -> None:
     body = a_pod(1, 2)
     body["spec"]["containers"].append({"name": "side", "resources": {"requests": {"cpu": "500m"}}})
-    body["spec"]["initContainers"] = [{"name": "fetch", "resources": {"requests": {"cpu": "4", "memory": "1Gi"}}}]
-    found = gang_scheduler.requests(body)
-    assert found == {GPU: 2, "cpu": 4, "memory": quantity("1Gi"), "pods": 1}
+    fetch = {"name": "fetch", "resources": {"requests": {"cpu": "4", "memory": "1Gi"}}}
+    body["spec"]["initContainers"] = [fetch]
+    assert gang_scheduler.wanted(body) == {GPU: 2, "cpu": 4, "memory": 2**30, "pods": 1}
+    body["spec"]["initContainers"] = [fetch | {"restartPolicy": "Always"}]
+    assert gang_scheduler.wanted(body) == {GPU: 2, "cpu": 5.5, "memory": 2**30, "pods": 1}
 
 
 @pytest.mark.parametrize(
@@ -134,20 +133,22 @@ def test_a_request_is_the_sum_over_containers_and_at_least_an_init_containers() 
     ],
 )
 def test_tolerations(toleration: Json, holds: bool) -> None:
-    assert tolerated({"key": GPU, "value": "present", "effect": "NoSchedule"}, [toleration]) == holds
+    node = a_node("n", 8, taints=[{"key": GPU, "value": "present", "effect": "NoSchedule"}])
+    assert may_run(a_pod(1, 1, tolerates=False, tolerations=[toleration]), node) == holds
 
 
 @pytest.mark.parametrize(
-    ("operator", "values", "holds"),
+    ("term", "holds"),
     [
-        ("In", ["a", "b"], True), ("In", ["b"], False), ("NotIn", ["b"], True), ("Exists", [], True),
-        ("DoesNotExist", [], False), ("Gt", ["79999"], False), ("Like", ["a"], False),
+        ({"operator": "In", "values": ["a", "b"]}, True), ({"operator": "In", "values": ["b"]}, False),
+        ({"operator": "NotIn", "values": ["b"]}, True), ({"operator": "Exists"}, True),
+        ({"operator": "DoesNotExist"}, False), ({"operator": "Gt", "values": ["8"]}, False), (None, False),
     ],
 )  # fmt: skip
-def test_node_selector_terms(operator: str, values: list[str], holds: bool) -> None:
-    labels = {"zone": "a"} if operator != "Gt" else {"zone": "79999"}
-    assert matches(labels, {"matchExpressions": [{"key": "zone", "operator": operator, "values": values}]}) == holds
-    assert not matches(labels, {})
+def test_node_selector_terms(term: Json | None, holds: bool) -> None:
+    terms = [{"matchExpressions": [{"key": "zone", **term}]} if term else {}]  # an empty one selects nothing
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
+    assert may_run(a_pod(1, 1, affinity=affinity), a_node("n", 8, labels={"zone": "a"})) == holds
 
 
 def test_a_node_that_is_not_ready_or_closed_or_tainted_is_none() -> None:

@@ -86,7 +86,10 @@ def selected(pod: Json, node: Json) -> bool:
 
 
 def _meets(term: Json, node: Json) -> bool:
+    """An empty term selects no node."""
     fields = {"metadata.name": name(node)}
+    if not (listed(term, "matchExpressions") or listed(term, "matchFields")):
+        return False
     return all(_holds(each, labels(node)) for each in listed(term, "matchExpressions")) and all(
         _holds(each, fields) for each in listed(term, "matchFields")
     )

@@ -28,7 +28,8 @@ from urllib3.exceptions import HTTPError
 
 from ch08_kubernetes.cluster import target
 from ch08_kubernetes.cluster.rest import Json, as_user_error, call, get
-from ch08_kubernetes.lint.objects import quantity
+from ch08_kubernetes.doctor.facts import amount, condition, requests
+from ch08_kubernetes.doctor.filters import barriers, selected
 from common import script
 
 NAME = "gang"
@@ -36,75 +37,14 @@ GANG, SIZE = "book/gang", "book/gang-size"
 Amounts = Mapping[str, Decimal]
 
 
-def requests(pod: Json) -> Counter[str]:
-    """What the scheduler counts for a pod: the sum over containers, at least the largest init container, and one pod.
-
-    A limit without a request is a request (the API server's default).
-    """
-
-    def of(container: Json) -> Counter[str]:
-        found = container.get("resources", {})
-        wanted = found.get("limits", {}) | found.get("requests", {})
-        return Counter({name: quantity(value) for name, value in wanted.items()})
-
-    total: Counter[str] = Counter()
-    for container in pod["spec"]["containers"]:
-        total += of(container)
-    for container in pod["spec"].get("initContainers", []):
-        total |= of(container)
-    return total + Counter({"pods": Decimal(1)})
-
-
-def tolerated(taint: Json, tolerations: Iterable[Json]) -> bool:
-    """One toleration matches: by key (none: any), effect (none: any), and value or `Exists`."""
-    return any(
-        one.get("key") in (None, "", taint["key"])
-        and one.get("effect") in (None, "", taint["effect"])
-        and (one.get("operator") == "Exists" or one.get("value", "") == taint.get("value", ""))
-        for one in tolerations
-    )
-
-
-def matches(labels: Mapping[str, str], term: Json) -> bool:
-    """A node selector term: all its expressions hold (and an empty one never)."""
-
-    def holds(wanted: Json) -> bool:
-        value, values = labels.get(wanted["key"]), wanted.get("values", [])
-        match wanted["operator"]:
-            case "In":
-                return value in values
-            case "NotIn":
-                return value not in values
-            case "Exists":
-                return value is not None
-            case "DoesNotExist":
-                return value is None
-            case "Gt":
-                return value is not None and int(value) > int(values[0])
-            case "Lt":
-                return value is not None and int(value) < int(values[0])
-        return False
-
-    wanted = term.get("matchExpressions", [])
-    return bool(wanted) and all(map(holds, wanted))
+def wanted(pod: Json) -> Counter[str]:
+    """What the scheduler counts for a pod, itself included."""
+    return Counter(requests(pod)) + Counter({"pods": Decimal(1)})
 
 
 def may_run(pod: Json, node: Json) -> bool:
     """By all but resources: the node is ready and open, its taints are tolerated, its labels are those asked for."""
-    spec, labels = pod["spec"], node["metadata"].get("labels", {})
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions") or [])
-    taints = [taint for taint in node["spec"].get("taints", []) if taint["effect"] != "PreferNoSchedule"]
-    required = (
-        spec.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
-    )
-    terms = required.get("nodeSelectorTerms")
-    return (
-        ready
-        and not node["spec"].get("unschedulable")
-        and all(tolerated(taint, spec.get("tolerations", [])) for taint in taints)
-        and all(labels.get(key) == value for key, value in spec.get("nodeSelector", {}).items())
-        and (terms is None or any(matches(labels, term) for term in terms))
-    )
+    return condition(node, "Ready").get("status") == "True" and not barriers(pod, node) and selected(pod, node)
 
 
 def place(pods: Iterable[Json], nodes: Iterable[Json], free: Mapping[str, Amounts]) -> dict[str, str] | None:
@@ -115,17 +55,17 @@ def place(pods: Iterable[Json], nodes: Iterable[Json], free: Mapping[str, Amount
     """
     left = {name: Counter(amounts) for name, amounts in free.items()}
     found: dict[str, str] = {}
-    for pod in sorted(pods, key=lambda pod: -requests(pod)["nvidia.com/gpu"]):
-        wanted = requests(pod)
+    for pod in sorted(pods, key=lambda pod: -wanted(pod)["nvidia.com/gpu"]):
+        needs = wanted(pod)
         fitting = [
             node["metadata"]["name"]
             for node in nodes
-            if may_run(pod, node) and all(left[node["metadata"]["name"]][n] >= amount for n, amount in wanted.items())
+            if may_run(pod, node) and all(left[node["metadata"]["name"]][n] >= amount for n, amount in needs.items())
         ]
         if not fitting:
             return None
         chosen = min(fitting, key=lambda name: (left[name]["nvidia.com/gpu"], left[name]["cpu"], name))
-        left[chosen].subtract(wanted)
+        left[chosen].subtract(needs)
         found[pod["metadata"]["uid"]] = chosen
     return found
 
@@ -133,13 +73,13 @@ def place(pods: Iterable[Json], nodes: Iterable[Json], free: Mapping[str, Amount
 def free_on(nodes: Iterable[Json], pods: Iterable[Json]) -> dict[str, Counter[str]]:
     """Allocatable less what pods that are bound and have not ended asked for."""
     free = {
-        node["metadata"]["name"]: Counter({n: quantity(v) for n, v in node["status"].get("allocatable", {}).items()})
+        node["metadata"]["name"]: Counter({n: amount(v) for n, v in node["status"].get("allocatable", {}).items()})
         for node in nodes
     }
     for pod in pods:
         where = pod["spec"].get("nodeName")
         if where in free and pod["status"].get("phase") not in ("Succeeded", "Failed"):
-            free[where].subtract(requests(pod))
+            free[where].subtract(wanted(pod))
     return free
 
 
@@ -220,7 +160,7 @@ def one_pass(api: ApiClient) -> dict[str, str]:
                 if error.status not in (404, 409):
                     raise
                 continue  # deleted meanwhile
-            free[where].subtract(requests(pod))
+            free[where].subtract(wanted(pod))
         said[title] = f"bound: {', '.join(sorted(placed.values()))}"
     return said
 
