@@ -55,7 +55,8 @@ BAD = [
     ("inference/lws-vllm.yaml", "--nnodes=$(LWS_GROUP_SIZE)", "--nnodes=$(GROUP_SIZE)", "variable"),
     ("inference/vllm.yaml", "value: /models/hub", "value: $MODELS/hub", "variable"),
     ("inference/vllm.yaml", "failureThreshold: 60", "failureThreshold: 59", "start-up"),
-    ("inference/vllm.yaml", "startupProbe:", "livenessProbe2:", "start-up"),
+    ("inference/vllm.yaml", "          startupProbe:\n            httpGet:\n              path: /health\n              port: http\n"
+     "            periodSeconds: 10\n            timeoutSeconds: 5\n            failureThreshold: 60\n", "", "start-up"),
     ("inference/vllm.yaml", 'distributed-ai.example/model-load-seconds: "600"', "x: y", "start-up"),
     ("inference/vllm.yaml", "httpGet:\n              path: /health\n              port: http\n            periodSeconds: 5",
      "tcpSocket:\n              port: http\n            periodSeconds: 5", "probe"),
@@ -102,6 +103,7 @@ BAD = [
     ("autoscaling/keda-prometheus.yaml", "activationThreshold", "activationTreshold", "keda"),
     ("autoscaling/keda-redis.yaml", "        listName: prompts\n", "", "keda"),
 ]  # fmt: skip
+POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n"
 NEEDED = {  # files that a manifest refers to
     "inference": ["inference/common.yaml"],
     "scheduling": ["scheduling/priorities.yaml", "scheduling/kueue.yaml"],
@@ -329,7 +331,21 @@ def test_a_path_that_cannot_be_checked(tmp_path: Path, made: object, says: str) 
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1", "- 1\n- 2\n", "a: &x 1\n---\nb: *x\n", "kind: [1]\n", "kind: Pod\nspec: 3\n"]
+    "text",
+    [
+        "a: [1",
+        "- 1\n- 2\n",
+        "a: &x 1\n---\nb: *x\n",
+        "kind: [1]\n",
+        "kind: Pod\nspec: 3\n",
+        "kind: List\n",
+        "kind: List\nitems: [a, null]\n",
+        "? [a, b]\n: 1\n",
+        POD + "  containers: [foo]\n",
+        POD + "  volumes: x\n",
+        POD + "  containers: [{name: c, image: x:1, startupProbe: {failureThreshold: x}}]\n",
+        POD + "  containers: [{name: c, image: 'x:1', resources: {limits: {nvidia.com/gpu: -1Gi, memory: -1Gi}}}]\n",
+    ],
 )
 def test_yaml_that_is_wrong_is_a_finding_not_a_traceback(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError
 from ch08_kubernetes.cluster import apply, target, up
 from ch08_kubernetes.cluster.nodes import FLEET
 from ch08_kubernetes.cluster.rest import as_user_error, get
+from ch08_kubernetes.doctor.facts import condition
 from common.script import UserError
 
 
@@ -84,13 +85,13 @@ def status(found: target.Target) -> None:
     """Version, address, and the nodes with their GPUs."""
     print(f"Kubernetes {found.version} at {found.url} ({found.origin})")
     nodes = get(found.api, "/api/v1/nodes")["items"]
-    ready = [n for n in nodes if any(c["type"] == "Ready" and c["status"] == "True" for c in n["status"]["conditions"])]
+    ready = [n for n in nodes if condition(n, "Ready").get("status") == "True"]
     print(f"{len(ready)} of {len(nodes)} nodes ready")
     gpus: Counter[str] = Counter()
     holders: Counter[str] = Counter()
     for node in ready:
-        if count := int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)):
-            product = node["metadata"]["labels"].get("nvidia.com/gpu.product", "unlabelled")
+        if count := int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)):
+            product = node["metadata"].get("labels", {}).get("nvidia.com/gpu.product", "unlabelled")
             gpus[product] += count
             holders[product] += 1
     for product, count in gpus.most_common():

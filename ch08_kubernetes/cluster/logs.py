@@ -37,7 +37,9 @@ class LogServer:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*self_signed(Path(folder)))
         self._server = ThreadingHTTPServer((HOST, 0), _handler(self.api))
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._server.daemon_threads = True
+        # In the connection's own thread: a client that connects and says nothing holds nobody up.
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,))
         self._thread.start()

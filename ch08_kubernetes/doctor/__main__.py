@@ -59,6 +59,8 @@ def gather(args) -> tuple[read.Snapshot, datetime | None]:  # type: ignore[no-un
     """The snapshot, and its time: now, or (None) that of the newest thing in a saved one."""
     if args.snapshot:
         return read.load(args.snapshot), None
+    if args.save and not args.save.absolute().parent.is_dir():
+        raise script.UserError(f"there is no folder {args.save.absolute().parent}; make it, or name another --save")
     space = None if args.all_namespaces or args.node else args.namespace
     with target.connect(args).api as api:
         snapshot = read.take(api, space)

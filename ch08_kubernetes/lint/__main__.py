@@ -35,22 +35,32 @@ def check(paths: list[Path]) -> tuple[list[Object], list[Finding]]:
     except ModuleNotFoundError as error:
         raise script.UserError(f"the package {error.name} is missing; run make setup") from None
     sets: dict[Path, list[Object]] = {}
+    fit: dict[Path, list[Object]] = {}  # those whose fields are of the types that the rules read
     findings: list[Finding] = []
     for path in files(paths):
         found, faults = load(path)
-        sets.setdefault(path if path.is_dir() else path.parent, []).extend(found)
+        folder = path if path.is_dir() else path.parent
+        sets.setdefault(folder, []).extend(found)
         findings += faults
-    every = [owner for objects in sets.values() for owner in objects]
-    for objects in sets.values():
-        for owner in objects:
-            findings += schemas.check(owner)
-            for pod in pods(owner):
-                for rule in pod_rules.RULES.values():
-                    findings += rule(pod)
+        for owner in found:
+            faults = list(schemas.check(owner))
+            findings += faults
+            if all(fault.rule != "schema" for fault in faults):
+                fit.setdefault(folder, []).append(owner)
+    every = [owner for objects in fit.values() for owner in objects]
+    for owner in every:
+        for pod in pods(owner):
+            for rule in pod_rules.RULES.values():
+                try:
+                    findings += list(rule(pod))
+                except script.UserError as error:  # a quantity that is none
+                    findings.append(pod.finding("schema", str(error)))
+    for objects in fit.values():
         for between in group_rules.RULES.values():
             findings += between(objects, every)
     findings += promql.check(every)
-    return every, sorted(set(findings), key=lambda f: (f.where.split(":")[0], int(f.where.split(":")[1]), f.rule))
+    ordered = sorted(set(findings), key=lambda f: (f.where.split(":")[0], int(f.where.split(":")[1]), f.rule))
+    return [owner for objects in sets.values() for owner in objects], ordered
 
 
 def main(argv: list[str] | None = None) -> dict:

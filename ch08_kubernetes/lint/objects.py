@@ -145,9 +145,10 @@ def repeated_key(node: yaml.Node | None) -> yaml.Node | None:
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
-            if key.value in seen and key.value != "<<":
+            name = str(key.value)  # of a key that is no scalar, its nodes
+            if name in seen and name != "<<":
                 return key  # type: ignore[no-any-return]
-            seen.add(key.value)
+            seen.add(name)
             if found := repeated_key(value):
                 return found
     elif isinstance(node, yaml.SequenceNode):
@@ -178,8 +179,11 @@ def read(path: Path, text: str | None = None) -> tuple[list[Object], list[Findin
             data = loader.construct_document(node)
             line = node.start_mark.line + 1
             if isinstance(data, dict):
-                items = data["items"] if data.get("kind") == "List" else [data]
-                found += [Object(path, line, item) for item in items]
+                items = data.get("items") if data.get("kind") == "List" else [data]
+                if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+                    found += [Object(path, line, item) for item in items]
+                else:
+                    faults.append(Finding(f"{path}:{line}", "yaml", "a List has no list of objects; write items"))
             elif data is not None:
                 faults.append(Finding(f"{path}:{line}", "yaml", "the document is no mapping; write fields"))
     except yaml.YAMLError as error:
