@@ -110,6 +110,10 @@ def _shape(job: Json, wish: Wish) -> None:
         container["image"] = wish.image
     if wish.command:
         container["args"] = wish.command
+    else:  # two jobs never write into one folder of the claim
+        container["args"] = [
+            str(word).replace(f"/checkpoints/{OLD}", f"/checkpoints/{wish.name}") for word in container["args"]
+        ]
     if wish.team:
         for meta in (job["metadata"], template["metadata"]):
             meta.setdefault("labels", {})["team"] = wish.team
